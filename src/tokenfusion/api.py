@@ -1,0 +1,140 @@
+"""Every verb as a function: train, evaluate, predict, and load() for a finished run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from torch import nn
+
+from tokenfusion.errors import UserError, nearest
+from tokenfusion.train import FitResult
+
+TASKS = {"segmentation": "tokenfusion.tasks.segmentation"}
+
+
+DATASETS = {
+    "nyudv2": "NYUDv2, 795 + 654 images, 40 classes, from nyu_depth_v2_labeled.mat, splits.mat, classMapping40.mat",
+    "sunrgbd": "SUN RGB-D, 5,285 + 5,050 images, 37 classes, from SUNRGBD.zip and SUNRGBDtoolbox.zip, unpacked",
+    "rooms": "procedural rooms, drawn on the spot from a seed",
+}
+
+
+class Recipe(Protocol):
+    """What all recipes have."""
+
+    task: str
+    seed: int
+    fuser: dict[str, Any]
+    data: Any
+    train: Any
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
+
+
+def task_package(task: str) -> Any:
+    """The package of a task: ``Recipe``, ``build_model``, ``train``, ``evaluate``, ``predict``."""
+    return importlib.import_module(TASKS[task])
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The resolved recipe that a run folder holds.
+
+    Raises:
+        UserError: where the folder is no run, or its recipe.yaml is damaged.
+    """
+    file = run / "recipe.yaml"
+    if not file.is_file():
+        raise UserError(f"{run}: not a run folder (no recipe.yaml); wanted the --out of `tokenfusion train`")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        schema: type[BaseModel] = task_package(content["task"]).Recipe
+        return schema.model_validate(content)  # type: ignore[return-value]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, ValidationError) as error:
+        raise UserError(f"{file}: not a readable recipe ({' '.join(str(error).split())[:160]})") from None
+
+
+def prepare(dataset: str, source: str | Path | None, out: str | Path, depth: str = "filled") -> dict[str, Any]:
+    """Write an official archive in the one on-disk format; returns counts and SHA-256 sums.
+
+    Args:
+        dataset: ``"nyudv2"`` or ``"sunrgbd"``.
+        source: folder with the official files, at any depth.
+        out: new folder; it appears when everything is written.
+        depth: ``"filled"`` or ``"raw"`` (with the sensor's holes).
+    """
+    if dataset not in DATASETS:
+        raise UserError(f"no data set named {dataset!r}; {nearest(dataset, DATASETS)}")
+    if source is None:
+        raise UserError(f"prepare {dataset} wants --source: {DATASETS[dataset]}")
+    if depth not in ("filled", "raw"):
+        raise UserError(f"--depth is {depth!r}; wanted filled or raw")
+    module = importlib.import_module(f"tokenfusion.data.prepare.{dataset}")
+    return dict(module.prepare(Path(source), Path(out), depth))
+
+
+def prepare_rooms(
+    out: str | Path, train: int = 400, val: int = 100, height: int = 96, width: int = 128, seed: int = 0
+) -> dict[str, int]:
+    """Draw procedural rooms into a new folder; returns counts."""
+    from tokenfusion.data.prepare import rooms
+
+    return rooms.prepare(Path(out), train, val, height, width, seed)
+
+
+def train(recipe: Recipe, out: str | Path, trust: bool = False) -> FitResult:
+    """Train a recipe into a run folder, or go on where the folder holds checkpoints.
+
+    Args:
+        recipe: from :func:`tokenfusion.recipe.read_recipe`.
+        out: the run folder.
+        trust: build components outside of tokenfusion.
+    """
+    return task_package(recipe.task).train(recipe, Path(out), trust)
+
+
+def evaluate(
+    run: str | Path, data: str | Path | None = None, split: str | None = None, multi_scale: bool = False,
+    checkpoint: str = "last", trust: bool = False,
+) -> dict[str, Any]:
+    """Judge a run on a split; writes and returns the content of ``metrics.json``.
+
+    Args:
+        run: a run folder.
+        data: another data set than the recipe's.
+        split: the recipe's validation split unless said otherwise.
+        multi_scale: average over six scales and their mirror images.
+        checkpoint: ``"last"`` or ``"best"`` (best on the validation split during training).
+        trust: build components outside of tokenfusion.
+    """
+    recipe = recipe_of(Path(run))
+    package = task_package(recipe.task)
+    return package.evaluate(Path(run), recipe, data, split, multi_scale, checkpoint, trust)
+
+
+def predict(
+    run: str | Path, out: str | Path, files: Mapping[str, str | Path] | None = None, data: str | Path | None = None,
+    split: str | None = None, checkpoint: str = "last", trust: bool = False,
+) -> list[Path]:
+    """Predict on single files (``{"rgb": "a.jpg", "depth": "a.png"}``) or on a data set folder; returns what was written."""
+    recipe = recipe_of(Path(run))
+    package = task_package(recipe.task)
+    return package.predict(Path(run), recipe, Path(out), files, data, split, checkpoint, trust)
+
+
+def load(path: str | Path, checkpoint: str = "last", trust: bool = False) -> nn.Module:
+    """The model of a run folder, in eval mode.
+
+    Args:
+        path: a run folder (the ``--out`` of ``train`` or of ``convert``).
+        checkpoint: ``"last"`` or ``"best"``.
+        trust: build components outside of tokenfusion.
+
+    Example: ``tokenfusion.load("runs/nyu")({"rgb": rgb, "depth": depth}).ensemble``
+    """
+    recipe = recipe_of(Path(path))
+    return task_package(recipe.task).load(Path(path), recipe, checkpoint, trust)[0]

@@ -1,0 +1,146 @@
+"""The composer: a single-modal network, its blocks run on all streams by a fuser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokenfusion.backbones.mit import MiT, to_map
+from tokenfusion.fusion.alignment import LearnedPosition
+from tokenfusion.fusion.exchange import ExchangeRates
+from tokenfusion.fusion.fusers import Context, Fuser, NoFusion
+from tokenfusion.fusion.modality import make_private, merge, split
+
+FuserFactory = Callable[[int, int, int], Fuser]  # (dim, modalities, stage)
+
+
+class FusedFeatures(NamedTuple):
+    """Feature maps and decisions of a fused backbone."""
+
+    maps: list[Tensor]  # per stage [M, B, C, H, W]
+    scores: list[Tensor]  # per fused block [M, B, N]; empty where the fuser does not score
+    present: Tensor | None  # bool [M, B], None where every modality is there
+
+
+class FusedBackbone(nn.Module):
+    """A pyramid backbone shared by M aligned modalities, with private norms and a fuser in every block.
+
+    Args:
+        backbone: the single-modal network; its weights are kept, its LayerNorms copied per modality.
+        modalities: names of the streams, in order.
+        fuser: makes one fuser from (dim, modalities, stage), e.g. ``functools.partial(TokenFusion, threshold=0.02)``.
+        score_nets: ``"stage"``: the blocks of a stage share a fuser, and so its score networks (released);
+            ``"block"``: one each (the paper's ``s^l``).
+        placement: ``"every"`` block fuses, or only the ``"last"`` one of each stage.
+        alignment: residual positional alignment (Sec. 3.3).
+        private: kinds of layers that every modality has for itself.
+
+    Shape: ``{name: [B, 3, H, W]} -> FusedFeatures``. Names that are left out are missing modalities; ``present`` says the same
+    per sample. A missing stream starts as zeros after the stem.
+    """
+
+    def __init__(
+        self,
+        backbone: MiT,
+        modalities: Sequence[str],
+        fuser: FuserFactory,
+        score_nets: Literal["stage", "block"] = "stage",
+        placement: Literal["every", "last"] = "every",
+        alignment: bool = False,
+        private: tuple[type[nn.Module], ...] = (nn.LayerNorm,),
+    ) -> None:
+        super().__init__()
+        if len(set(modalities)) != len(modalities) or not modalities:
+            raise ValueError(f"modalities must be different names, at least one; got {list(modalities)}")
+        self.modalities = tuple(modalities)
+        self.placement = placement
+        self.backbone = make_private(backbone, len(modalities), private)
+        self.fusers = nn.ModuleList()
+        for index, stage in enumerate(backbone.stages):
+            count = len(stage.blocks) if score_nets == "block" and placement == "every" else 1
+            self.fusers.append(nn.ModuleList(fuser(stage.dim, len(modalities), index) for _ in range(count)))
+        self.plain = NoFusion(0, len(modalities))
+        self.position = LearnedPosition(backbone.stages[0].dim) if alignment else None
+
+    @property
+    def dims(self) -> list[int]:
+        return [stage.dim for stage in self.backbone.stages]
+
+    @property
+    def threshold(self) -> float | None:
+        return self.fusers[0][0].threshold
+
+    def fuser_of(self, stage: int, block: int) -> Fuser:
+        """The fuser that runs a block."""
+        last = len(self.backbone.stages[stage].blocks) - 1
+        if self.placement == "last" and block < last:
+            return self.plain
+        fusers = self.fusers[stage]
+        return fusers[block if len(fusers) > 1 else 0]
+
+    def fused_blocks(self) -> list[tuple[int, int]]:
+        """(stage, block) of every block that scores, in the order of ``FusedFeatures.scores``."""
+        every = [(s, b) for s, stage in enumerate(self.backbone.stages) for b in range(len(stage.blocks))]
+        return [(s, b) for s, b in every if self.fuser_of(s, b).threshold is not None]
+
+    def block_names(self) -> list[str]:
+        """Readable names of the fused blocks: ``stage1.0`` is the first block of the first stage."""
+        return [f"stage{s + 1}.{b}" for s, b in self.fused_blocks()]
+
+    def rates(self, features_scores: Sequence[Tensor], present: Tensor | None = None) -> dict[str, ExchangeRates]:
+        """Exchange rates per fused block."""
+        return {
+            name: self.fuser_of(s, b).rates(scores, present)
+            for name, (s, b), scores in zip(self.block_names(), self.fused_blocks(), features_scores, strict=True)
+        }
+
+    def stack(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """``{name: [B, 3, H, W]} -> [M, B, 3, H, W]`` and, where a name is missing, present ``[M, B]``."""
+        unknown = [name for name in inputs if name not in self.modalities]
+        if unknown or not inputs:
+            raise ValueError(f"inputs must be some of {', '.join(self.modalities)}; got {', '.join(inputs) or 'none'}")
+        shapes = {name: tuple(x.shape) for name, x in inputs.items()}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(f"aligned modalities must have one shape; got {shapes}")
+        some = next(iter(inputs.values()))
+        x = torch.stack([inputs.get(name, torch.zeros_like(some)) for name in self.modalities])
+        if len(inputs) == len(self.modalities):
+            return x, None
+        there = torch.tensor([name in inputs for name in self.modalities], device=some.device)
+        return x, there.unsqueeze(1).expand(-1, some.shape[0])
+
+    def forward(self, inputs: Mapping[str, Tensor], present: Tensor | None = None) -> FusedFeatures:
+        images, there = self.stack(inputs)
+        if present is not None and there is not None:
+            present = present & there
+        elif present is None:
+            present = there
+        x, maps, scores = merge(images), [], []
+        for index, stage in enumerate(self.backbone.stages):
+            tokens, grid = stage.embed(x)
+            tokens = split(tokens, len(self.modalities))
+            if index == 0 and present is not None:
+                tokens = tokens * present[:, :, None, None].to(tokens.dtype)
+            tokens = self._blocks(index, tokens, grid, present, scores)
+            x = to_map(stage.norm(merge(tokens)), grid)
+            maps.append(split(x, len(self.modalities)))
+        return FusedFeatures(maps, scores, present)
+
+    def _blocks(
+        self, index: int, tokens: Tensor, grid: tuple[int, int], present: Tensor | None, scores: list[Tensor]
+    ) -> Tensor:
+        stage = self.backbone.stages[index]
+        ctx = Context(grid, present=present)
+        position = None if self.position is None else self.position(grid, stage.dim)
+        for b, block in enumerate(stage.blocks):
+            if position is not None and index == 0 and b == 0:
+                tokens = tokens + position  # the first layer learns the embedding ...
+            else:
+                ctx.position = None if position is None else position.detach()  # ... later ones only repeat it
+            tokens, decided = self.fuser_of(index, b)(block, tokens, ctx)
+            if decided is not None:
+                scores.append(decided)
+        return tokens

@@ -1,0 +1,185 @@
+"""Mix Transformer, the hierarchical encoder of SegFormer (Xie et al., 2021): B0 to B5, single-modal and fusion-blind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
+
+Grid = tuple[int, int]
+
+WIDTHS = {"b0": (32, 64, 160, 256)}  # all others: 64 128 320 512
+DEPTHS = {
+    "b0": (2, 2, 2, 2),
+    "b1": (2, 2, 2, 2),
+    "b2": (3, 4, 6, 3),
+    "b3": (3, 4, 18, 3),
+    "b4": (3, 8, 27, 3),
+    "b5": (3, 6, 40, 3),
+}
+EPS = 1e-6
+
+
+def to_map(tokens: Tensor, grid: Grid) -> Tensor:
+    """``[B, N, C] -> [B, C, H, W]`` without a copy: the result is a channels-last tensor."""
+    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
+def to_tokens(image: Tensor) -> Tensor:
+    """``[B, C, H, W] -> [B, N, C]``; without a copy where the map is channels-last."""
+    return image.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class PatchEmbedding(nn.Module):
+    """Overlapping patches: a strided convolution, then a norm over the tokens."""
+
+    def __init__(self, channels: int, dim: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, kernel, stride, kernel // 2)
+        self.norm = nn.LayerNorm(dim, eps=EPS)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Grid]:
+        x = self.proj(image.contiguous(memory_format=torch.channels_last))
+        return self.norm(to_tokens(x)), (x.shape[2], x.shape[3])
+
+
+class Attention(nn.Module):
+    """Self-attention whose keys and values come from a spatially reduced map."""
+
+    def __init__(self, dim: int, heads: int, reduction: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.sr = nn.Conv2d(dim, dim, reduction, reduction) if reduction > 1 else None
+        self.norm = nn.LayerNorm(dim, eps=EPS) if reduction > 1 else None
+
+    def reduce(self, x: Tensor, grid: Grid) -> Tensor:
+        """The tokens that keys and values are made of: ``[B, N, C] -> [B, N / reduction^2, C]``."""
+        if self.sr is None or self.norm is None:
+            return x
+        return self.norm(to_tokens(self.sr(to_map(x, grid))))
+
+    def forward(self, x: Tensor, grid: Grid, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Attend from ``x [B, N, C]`` to its own reduced map, or to ``context [B, K, C]`` where ``mask [B, K]`` is true."""
+        context = self.reduce(x, grid) if context is None else context
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self.kv(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        mask = None if mask is None else mask[:, None, None, :]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class MixMLP(nn.Module):
+    """MLP with a depth-wise 3x3 convolution, which tells the tokens where they stand."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, 1, 1, groups=hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        x = self.dwconv(to_map(self.fc1(x), grid))
+        return self.fc2(to_tokens(F.gelu(x)))
+
+
+class MiTBlock(nn.Module):
+    """Pre-norm block; its parts are what a fuser works with."""
+
+    def __init__(self, dim: int, heads: int, reduction: int, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.attention = Attention(dim, heads, reduction)
+        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.mlp = MixMLP(dim, 4 * dim)
+        self.drop = StochasticDepth(drop_path, "row")
+
+    def attend(self, x: Tensor, grid: Grid) -> Tensor:
+        return self.attention(self.norm1(x), grid)
+
+    def feed(self, x: Tensor, grid: Grid) -> Tensor:
+        return self.mlp(self.norm2(x), grid)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        x = x + self.drop(self.attend(x, grid))
+        return x + self.drop(self.feed(x, grid))
+
+
+class Stage(nn.Module):
+    """Patch embedding, blocks, norm: halves (the first one: quarters) the map."""
+
+    def __init__(
+        self, channels: int, dim: int, heads: int, reduction: int, drop_paths: Sequence[float], first: bool
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.embed = PatchEmbedding(channels, dim, *((7, 4) if first else (3, 2)))
+        self.blocks = nn.ModuleList(MiTBlock(dim, heads, reduction, rate) for rate in drop_paths)
+        self.norm = nn.LayerNorm(dim, eps=EPS)
+
+
+class MiT(nn.Module):
+    """A pyramid of four stages; any image of at least 32 x 32 pixels.
+
+    Args:
+        widths: channels of the four stages.
+        depths: blocks per stage.
+        channels: of the input image.
+        drop_path: stochastic depth of the last block; it rises linearly from 0 over all blocks.
+
+    Shape: ``[B, channels, H, W] ->`` four normed maps ``[B, C_s, ceil(H / 2^(s+2)), ceil(W / 2^(s+2))]``, s = 0..3.
+    """
+
+    heads = (1, 2, 5, 8)
+    reductions = (8, 4, 2, 1)
+    smallest = 32
+
+    def __init__(
+        self, widths: Sequence[int], depths: Sequence[int], channels: int = 3, drop_path: float = 0.1
+    ) -> None:
+        super().__init__()
+        rates = torch.linspace(0, drop_path, sum(depths)).split(list(depths))
+        inputs = (channels, *widths[:-1])
+        self.stages = nn.ModuleList(
+            Stage(inputs[s], widths[s], self.heads[s], self.reductions[s], rates[s].tolist(), first=s == 0)
+            for s in range(len(widths))
+        )
+        self.apply(_initialise)
+
+    @property
+    def dims(self) -> list[int]:
+        return [int(stage.dim) for stage in self.stages]
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        maps = []
+        for stage in self.stages:
+            tokens, grid = stage.embed(image)
+            for block in stage.blocks:
+                tokens = block(tokens, grid)
+            image = to_map(stage.norm(tokens), grid)
+            maps.append(image)
+        return maps
+
+
+def mit(variant: str, channels: int = 3, drop_path: float = 0.1) -> MiT:
+    """MiT ``"b0"`` to ``"b5"``, freshly initialised."""
+    if variant not in DEPTHS:
+        raise ValueError(f"MiT variant must be one of {', '.join(DEPTHS)}, not {variant!r}")
+    return MiT(WIDTHS.get(variant, (64, 128, 320, 512)), DEPTHS[variant], channels, drop_path)
+
+
+def _initialise(module: nn.Module) -> None:
+    """Linear: truncated normal 0.02; convolution: normal sqrt(2 / fan_out); biases zero."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
+    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+        nn.init.zeros_(module.bias)

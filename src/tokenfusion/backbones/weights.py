@@ -1,0 +1,233 @@
+"""Published checkpoints: safe reading, key maps, and a printed account of what was loaded, adapted and left random."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tokenfusion.errors import UserError
+
+StateDict = dict[str, Tensor]
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
+
+
+class LoadReport(NamedTuple):
+    """What happened to a network's parameters; each a sorted list of names."""
+
+    loaded: list[str]
+    copied: list[str]  # one single-modal tensor given to every modality
+    random: list[str]  # not in the checkpoint: as initialised
+    unused: list[str]  # in the checkpoint, not in the network
+
+    def summary(self, source: str) -> str:
+        """A few printable lines: counts, then the modules that stayed random and the entries nobody asked for."""
+        lines = [
+            f"weights from {source}: {len(self.loaded)} tensors loaded as they are, "
+            f"{len(self.copied)} private copies, {len(self.random)} left random, {len(self.unused)} unused"
+        ]
+        for title, names in (("left random", self.random), ("unused", self.unused)):
+            if names:
+                lines.append(f"  {title}: {', '.join(_modules(names))}")
+        return "\n".join(lines)
+
+
+def _modules(names: list[str], most: int = 8) -> list[str]:
+    """Distinct leading two parts of dotted names, shortened to a printable number."""
+    heads = list(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
+    return heads[:most] + ([f"and {len(heads) - most} more"] if len(heads) > most else [])
+
+
+def read_checkpoint(path: str | Path) -> StateDict:
+    """Tensors of a ``.safetensors``, ``.pth``, ``.pth.tar``, ``.pt`` or ``.bin`` file, without running anything in it.
+
+    Wrappers (``segmenter``, ``state_dict``, ``model``) and the prefix ``module.`` are taken off.
+
+    Raises:
+        UserError: where the file is missing, damaged, or holds something else than tensors.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{path}: no weights in this folder; wanted one of {', '.join(WEIGHT_FILES)}")
+        path = found[0]
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint file")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, EOFError, KeyError, ValueError, torch.serialization.pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a readable checkpoint, or one that holds more than tensors ({reason})") from None
+    for key in ("segmenter", "state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    if not tensors:
+        raise UserError(f"{path}: no tensors found in this file; wanted a state dict")
+    return {key.removeprefix("module."): value for key, value in tensors.items()}
+
+
+def fetch(name: str) -> StateDict:
+    """A checkpoint by local path (file or folder) or by hub id, e.g. ``nvidia/mit-b2``."""
+    if Path(name).exists():
+        return read_checkpoint(name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"{name}: neither a file or folder here nor a hub id such as nvidia/mit-b2")
+    from huggingface_hub import hf_hub_download  # heavy import, and only needed here
+
+    problems = []
+    for file in WEIGHT_FILES:
+        try:
+            return read_checkpoint(hf_hub_download(name, file))
+        except UserError:
+            raise
+        except Exception as error:  # the hub's client raises many kinds; each means "not from there"
+            problems.append(f"{file}: {str(error).splitlines()[0][:120]}")
+    raise UserError(f"{name}: could not be fetched from the hub ({problems[0]}); download it and give the local path")
+
+
+# ---- key maps: foreign name -> our name, for one network of each layout --------------------------------------------
+
+
+def _substitutes(rules: list[tuple[str, str | Callable[[re.Match[str]], str]]]) -> Callable[[str], str]:
+    compiled = [(re.compile(pattern), target) for pattern, target in rules]
+
+    def rename(key: str) -> str:
+        for pattern, target in compiled:
+            key = pattern.sub(target, key)
+        return key
+
+    return rename
+
+
+def _one_less(prefix: str) -> Callable[[re.Match[str]], str]:
+    return lambda match: prefix.format(int(match.group(1)) - 1)
+
+
+_segformer = _substitutes(  # original mit_b*.pth, and what the released code keeps of it
+    [
+        (r"^patch_embed(\d)\.", _one_less("stages.{}.embed.")),
+        (r"^block(\d)\.", _one_less("stages.{}.blocks.")),
+        (r"^norm(\d)\.", _one_less("stages.{}.norm.")),
+        (r"\.attn\.", ".attention."),
+        (r"\.mlp\.dwconv\.dwconv\.", ".mlp.dwconv."),
+    ]
+)
+
+_hf_segformer = _substitutes(  # transformers' SegformerModel, with or without its task prefix
+    [
+        (r"^segformer\.", ""),
+        (r"^encoder\.patch_embeddings\.(\d)\.", r"stages.\1.embed."),
+        (r"^(stages\.\d\.embed)\.layer_norm\.", r"\1.norm."),
+        (r"^encoder\.block\.(\d)\.", r"stages.\1.blocks."),
+        (r"^encoder\.layer_norm\.(\d)\.", r"stages.\1.norm."),
+        (r"\.layer_norm_(\d)\.", r".norm\1."),
+        (r"\.attention\.self\.query\.", ".attention.q."),
+        (r"\.attention\.self\.layer_norm\.", ".attention.norm."),
+        (r"\.attention\.self\.", ".attention."),
+        (r"\.attention\.output\.dense\.", ".attention.proj."),
+        (r"\.mlp\.dense1\.", ".mlp.fc1."),
+        (r"\.mlp\.dense2\.", ".mlp.fc2."),
+        (r"\.mlp\.dwconv\.dwconv\.", ".mlp.dwconv."),
+    ]
+)
+
+
+def from_segformer(source: StateDict) -> StateDict:
+    """Original ``mit_b*.pth`` (keys ``patch_embed1.proj.weight`` ...) to the names of :class:`~tokenfusion.backbones.mit.MiT`."""
+    return {_segformer(key): value for key, value in source.items() if not key.startswith("head.")}
+
+
+def from_hf_segformer(source: StateDict) -> StateDict:
+    """transformers' SegformerModel to MiT names: key and value become one matrix; a head's entries are left as they are."""
+    renamed = {_hf_segformer(key): value for key, value in source.items()}
+    for key in [k for k in renamed if ".attention.key." in k or ".attention.value." in k]:
+        if ".attention.key." in key:
+            other = key.replace(".attention.key.", ".attention.value.")
+            renamed[key.replace(".attention.key.", ".attention.kv.")] = torch.cat([renamed[key], renamed[other]])
+    return {k: v for k, v in renamed.items() if ".attention.key." not in k and ".attention.value." not in k}
+
+
+def from_mit(source: StateDict) -> StateDict:
+    """Any of the single-modal MiT layouts, told apart by its keys."""
+    if any(key.startswith("stages.0.embed.") for key in source):
+        return source
+    if any(key.removeprefix("segformer.").startswith("encoder.patch_embeddings.") for key in source):
+        return from_hf_segformer(source)
+    if any(key.startswith("patch_embed1.") for key in source):
+        return from_segformer(source)
+    raise UserError(
+        f"weights with keys such as {next(iter(source))!r} are no MiT checkpoint: wanted patch_embed1.* (mit_b*.pth) or "
+        "encoder.patch_embeddings.* (Hugging Face)"
+    )
+
+
+_released = _substitutes(  # keys of a fused backbone in the released segmentation files, after _segformer
+    [
+        (r"\.module\.", "."),
+        (r"\.ln_(\d+)\.", r".\1."),
+        (r"^score_predictor\.(\d)\.score_nets\.(\d)\.", r"fusers.\1.0.score.nets.\2."),
+        (r"^stages\.", "backbone.stages."),
+    ]
+)
+
+_released_head = {
+    "linear_fuse.conv.weight": "head.fuse.weight",
+    **{f"linear_fuse.bn.{n}": f"head.norm.{n}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")},
+    **{f"linear_c{i + 1}.proj.{n}": f"head.projections.{i}.{n}" for i in range(4) for n in ("weight", "bias")},
+    **{f"linear_pred.{n}": f"head.classify.{n}" for n in ("weight", "bias")},
+}
+
+
+def from_released_segmentation(source: StateDict) -> StateDict:
+    """The released TokenFusion segmentation layout to the names of our fused segmenter."""
+    ours: StateDict = {}
+    for key, value in source.items():
+        if key == "alpha":
+            ours["ensemble.alpha"] = value
+        elif key.startswith("encoder."):
+            ours["backbone." + _released(_segformer(key.removeprefix("encoder.")))] = value
+        elif key.removeprefix("decoder.") in _released_head:
+            name = _released_head[key.removeprefix("decoder.")]
+            ours[name] = value.flatten(1) if name == "head.fuse.weight" else value
+        else:
+            raise UserError(f"key {key!r} is not part of the released segmentation layout")
+    return ours
+
+
+def load_into(network: nn.Module, source: StateDict) -> LoadReport:
+    """Load by name and shape; a single-modal tensor fills every private copy; tell what was done.
+
+    Args:
+        network: single-modal, or one whose private layers are :class:`~tokenfusion.fusion.modality.PerModality`.
+        source: in the names of the single-modal network or of this very network.
+
+    Raises:
+        UserError: where a tensor has another shape than the network's, or nothing fits at all.
+    """
+    state = network.state_dict()
+    report, used = LoadReport([], [], [], []), set()
+    for name, target in state.items():
+        single = re.sub(r"\.\d+\.(weight|bias)$", r".\1", name)
+        origin = name if name in source else single
+        if origin not in source:
+            report.random.append(name)
+            continue
+        value = source[origin]
+        if value.shape != target.shape:
+            raise UserError(f"{origin}: the checkpoint has shape {tuple(value.shape)}, the network {tuple(target.shape)}")
+        with torch.no_grad():
+            target.copy_(value)
+        used.add(origin)
+        (report.loaded if origin == name else report.copied).append(name)
+    if not used:
+        raise UserError(f"nothing in this checkpoint fits the network (its first key is {next(iter(source))!r})")
+    report.unused.extend(sorted(set(source) - used))
+    return report

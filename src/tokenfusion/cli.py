@@ -1,0 +1,298 @@
+"""The command line: every verb is also a Python function."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tokenfusion.errors import UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+out_console = Console(highlight=False)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: key.path=value, e.g. train.lr=1e-4 fuser=concat")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Build components outside of tokenfusion that a recipe names.")]
+Checkpoint = Annotated[str, typer.Option(help="last or best.")]
+
+
+@app.callback()
+def _common(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    """Fused multimodal transformers out of single-modal ones (TokenFusion)."""
+
+
+@app.command("ls")
+def list_(as_json: Json = False) -> None:
+    """Recipes, fusers, backbones, data sets."""
+    from tokenfusion.api import DATASETS
+    from tokenfusion.backbones.mit import DEPTHS
+    from tokenfusion.recipe import FUSERS, shipped
+
+    content = {
+        "recipes": shipped(),
+        "fusers": {name: spec["_target_"] for name, spec in FUSERS.items()},
+        "backbones": {f"mit-{v}": f"Mix Transformer, depths {' '.join(map(str, d))}" for v, d in DEPTHS.items()},
+        "datasets": DATASETS,
+    }
+    if as_json:
+        return _json(content)
+    for title, entries in content.items():
+        table = Table(title=title, title_justify="left", show_header=False, box=None, title_style="bold")
+        for name, text in entries.items():
+            table.add_row(name, text)
+        out_console.print(table, "")
+
+
+@app.command()
+def show(recipe: str, overrides: Overrides = None) -> None:
+    """The resolved recipe, as YAML."""
+    import yaml
+
+    from tokenfusion.recipe import read_recipe
+
+    resolved = read_recipe(recipe, overrides or []).model_dump(mode="json")
+    typer.echo(yaml.safe_dump(resolved, sort_keys=False), nl=False)
+
+
+@app.command()
+def prepare(
+    dataset: Annotated[str, typer.Argument(help="nyudv2, sunrgbd or rooms.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    source: Annotated[Path | None, typer.Option(help="Folder with the official files.")] = None,
+    depth: Annotated[str, typer.Option(help="raw or filled.")] = "filled",
+    train_count: Annotated[int, typer.Option("--train", help="rooms: training frames.")] = 400,
+    val_count: Annotated[int, typer.Option("--val", help="rooms: validation frames.")] = 100,
+    height: Annotated[int, typer.Option(help="rooms: rows.")] = 96,
+    width: Annotated[int, typer.Option(help="rooms: columns.")] = 128,
+    seed: Annotated[int, typer.Option(help="rooms: seed.")] = 0,
+    verify: Annotated[bool, typer.Option("--verify", help="Check an existing --out against its manifest instead.")] = False,
+) -> None:
+    """Write an official archive (or the procedural rooms) in the one on-disk format."""
+    from tokenfusion import api
+    from tokenfusion.data.folder import Folder
+
+    if verify:
+        typer.echo(f"{out}: {Folder(out).verify(show_progress=True)} files as prepared")
+        return
+    if dataset == "rooms":
+        counts = api.prepare_rooms(out, train_count, val_count, height, width, seed)
+    else:
+        counts = api.prepare(dataset, source, out, depth)
+    for name, count in counts.items():
+        typer.echo(f"{name}: {count}")
+    typer.echo(f"written: {out}")
+
+
+@app.command()
+def train(
+    recipe: str,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Run folder; where it holds checkpoints, training goes on.")] = Path("run"),
+    trust: Trust = False,
+) -> None:
+    """Train a recipe; goes on by itself where the run folder holds a checkpoint."""
+    from tokenfusion import api
+    from tokenfusion.recipe import read_recipe
+
+    result = api.train(read_recipe(recipe, overrides or []), out, trust)
+    if result.is_first:
+        _print_figures(json.loads((out / "metrics.json").read_text()))
+
+
+@app.command("eval")
+def evaluate(
+    run: Path,
+    data: Annotated[Path | None, typer.Option(help="Another data set than the recipe's.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split, e.g. val.")] = None,
+    multi_scale: Annotated[bool, typer.Option("--multi-scale", help="Six scales and their mirror images.")] = False,
+    checkpoint: Checkpoint = "last",
+    per_class: Annotated[bool, typer.Option("--per-class", help="Print the IoU of every class too.")] = False,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Judge a run; prints a table and writes metrics.json."""
+    from tokenfusion import api
+
+    metrics = api.evaluate(run, data, split, multi_scale, checkpoint, trust)
+    if as_json:
+        return _json(metrics)
+    _print_figures(metrics)
+    if per_class:
+        _print_classes(metrics)
+
+
+@app.command()
+def predict(
+    run: Path,
+    files: Annotated[list[str] | None, typer.Argument(help="A file per modality: rgb=a.jpg depth=a.png")] = None,
+    data: Annotated[Path | None, typer.Option(help="A data set folder instead of single files.")] = None,
+    split: Annotated[str | None, typer.Option(help="One split of --data; all without it.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("predictions"),
+    checkpoint: Checkpoint = "last",
+    trust: Trust = False,
+) -> None:
+    """Predict on one's own files: label png, colour overlay, scores."""
+    from tokenfusion import api
+
+    written = api.predict(run, out, _pairs(files) if files else None, data, split, checkpoint, trust)
+    shown = written if len(written) <= 6 else [*written[:3], f"... and {len(written) - 3} more files"]
+    for path in shown:
+        typer.echo(str(path))
+
+
+@app.command()
+def report(run: Path) -> None:
+    """One self-contained HTML page of a run: curves, tables, samples, exchanged tokens."""
+    from tokenfusion.report import write_report
+
+    typer.echo(str(write_report(run)))
+
+
+@app.command()
+def compare(runs: list[Path], out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("compare.html")) -> None:
+    """One page that sets runs side by side."""
+    from tokenfusion.report import write_comparison
+
+    typer.echo(str(write_comparison(runs, out)))
+
+
+@app.command()
+def convert(
+    file: Path,
+    source: Annotated[str, typer.Option("--from", help="released-segmentation, segformer or hf-segformer.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    dataset: Annotated[str | None, typer.Option(help="dataset.yaml or folder that says how own files are read.")] = None,
+    modalities: Annotated[str, typer.Option(help="Names of the streams, in the file's order.")] = "rgb,depth",
+) -> None:
+    """A foreign checkpoint in our format: a run folder that eval, predict and load() take."""
+    from tokenfusion.convert import convert as run
+
+    typer.echo(run(file, source, out, dataset, tuple(modalities.split(","))))
+
+
+@app.command()
+def bench(
+    recipe: str,
+    overrides: Overrides = None,
+    size: Annotated[str, typer.Option(help="ROWSxCOLUMNS of the input.")] = "480x640",
+    rounds: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 7,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time, memory, parameters and FLOPs, beside the unfused streams and transformers' SegFormer."""
+    import torch
+
+    from tokenfusion.bench import bench as run
+
+    rows, _, columns = size.partition("x")
+    if not (rows.isdigit() and columns.isdigit()):
+        raise UserError(f"--size is {size!r}; wanted ROWSxCOLUMNS, e.g. 480x640")
+    if threads:
+        torch.set_num_threads(threads)
+    result = run(recipe, overrides or [], (int(rows), int(columns)), rounds)
+    if as_json:
+        return _json(result)
+    title = f"{recipe} at {size}, {result['threads']} threads, {result['device']}, torch {result['torch']}"
+    table = Table("", "seconds", "fastest", "peak MB", "training peak MB", "million parameters", "GFLOP", title=title)
+    for name, row in result["rows"].items():
+        cells = [row["seconds"], row["fastest"], row["peak_mb"], row["training_peak_mb"], row["parameters"] / 1e6, row["gflop"]]
+        table.add_row(name, *(f"{c:.3f}" if i < 2 else f"{c:.1f}" for i, c in enumerate(cells)))
+    out_console.print(table)
+    for name, ratio in result["ratios"].items():
+        typer.echo(f"{name}: {ratio:.3f}")
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="methods: one modality, late ensemble, concat, TokenFusion.")],
+    overrides: Overrides = None,
+    recipe: Annotated[str, typer.Option(help="Recipe that all runs share.")] = "toy-segmentation",
+    seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for runs, table and page.")] = Path("study"),
+) -> None:
+    """Compare fusers at the same budget; runs that are done are not repeated."""
+    from tokenfusion.study import STUDIES
+
+    if name not in STUDIES:
+        raise UserError(f"no study named {name!r}; known: {', '.join(STUDIES)}")
+    typer.echo(STUDIES[name](recipe, overrides or [], seeds, out))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Versions, devices and which optional parts are there."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    content: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    libraries = "tokenfusion torch torchvision lightning-fabric transformers timm h5py scipy matplotlib jinja2"
+    for library in libraries.split():
+        try:
+            content[library] = version(library)
+        except PackageNotFoundError:
+            content[library] = "not installed"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    content |= {"cpu threads": torch.get_num_threads(), "gpus": ", ".join(gpus) or "none"}
+    if as_json:
+        return _json(content)
+    for key, value in content.items():
+        typer.echo(f"{key:18} {value}")
+
+
+def _pairs(arguments: list[str]) -> dict[str, Path]:
+    pairs: dict[str, Path] = {}
+    for argument in arguments:
+        name, sign, path = argument.partition("=")
+        if not sign or not name or not path:
+            raise UserError(f"{argument!r}: wanted modality=file, for example rgb=a.jpg depth=a.png")
+        if name in pairs:
+            raise UserError(f"{argument!r}: {name} is given twice")
+        pairs[name] = Path(path)
+    return pairs
+
+
+def _json(content: Any) -> None:
+    typer.echo(json.dumps(content, indent=1))
+
+
+def _print_figures(metrics: dict[str, Any]) -> None:
+    title = f"{metrics['dataset']} {metrics['split']}, {metrics['images']} images, step {metrics['step']}"
+    table = Table("stream", "pixel acc.", "mean acc.", "mIoU", title=title, caption=metrics["protocol"])
+    for stream, figures in metrics["streams"].items():
+        values = [f"{figures[k]:.2f}" for k in ("pixel_accuracy", "mean_accuracy", "miou")]
+        table.add_row(stream, *values, style="bold" if stream == "ensemble" else None)
+    out_console.print(table)
+
+
+def _print_classes(metrics: dict[str, Any]) -> None:
+    streams = metrics["per_class"]
+    table = Table("class", *streams, title="IoU per class")
+    for index, name in enumerate(metrics["classes"]):
+        values = [streams[s]["iou"][index] for s in streams]
+        table.add_row(name, *("-" if v is None else f"{v:.2f}" for v in values))
+    out_console.print(table)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2; a traceback only with ``--debug``."""
+    try:
+        app()
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        typer.echo(f"tokenfusion: {error}", err=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Preparations: one file per official archive, each with ``prepare(source, out, ...) -> dict`` of counts."""

@@ -1,0 +1,41 @@
+"""The one exception that a user's mistake raises, and the door to optional libraries."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: one line that says what came, what is wanted and what to do.
+
+    The command line prints it without a traceback and ends with exit code 2.
+    """
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional library, or say which pip extra brings it.
+
+    Args:
+        module: dotted module name, for example ``"h5py"``.
+        extra: the extra of this package that installs it, for example ``"prepare"``.
+
+    Raises:
+        UserError: where the library is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        library = module.split(".")[0]
+        if error.name is None or error.name.split(".")[0] != library:
+            raise  # the library is there, but something that it needs is not: that is not the user's mistake
+        raise UserError(f"this needs {library}, which is not installed: pip install 'tokenfusion[{extra}]'") from None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of an error message: the known word closest to ``word``, or all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"

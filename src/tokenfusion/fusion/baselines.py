@@ -1,0 +1,76 @@
+"""What TokenFusion is compared with: every alternative is one more fuser over the same blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenfusion.fusion.exchange import substitute
+from tokenfusion.fusion.fusers import Block, Context, Fuser, residual
+from tokenfusion.fusion.modality import merge, split
+
+
+class Concat(Fuser):
+    """Token concatenation: every stream's queries attend to the keys and values of all streams ("alignment-agnostic", Table 2).
+
+    Keys and values are reduced and normed per stream first, since MiT's spatial reduction needs a map. A missing stream's
+    keys are masked.
+    """
+
+    def forward(self, block: Block, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        x = ctx.align(x)
+        normed = block.norm1(merge(x))
+        own = split(block.attention.reduce(normed, ctx.grid), x.shape[0])  # [M, B, K, C]
+        context = own.transpose(0, 1).flatten(1, 2).repeat(x.shape[0], 1, 1)  # [M*B, M*K, C]
+        mask = None
+        if ctx.present is not None:
+            mask = ctx.present.t().repeat_interleave(own.shape[2], 1).repeat(x.shape[0], 1)
+        attended = block.attention(normed, ctx.grid, context=context, mask=mask)
+        return residual(block, x, split(attended, x.shape[0]), ctx.grid), None
+
+
+class Average(Fuser):
+    """Aligned features are averaged: every stream receives the mean attention output of the streams that are present."""
+
+    def forward(self, block: Block, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        x = ctx.align(x)
+        attended = split(block.attend(merge(x), ctx.grid), x.shape[0])
+        if ctx.present is None:
+            mean = attended.mean(0, keepdim=True)
+        else:
+            weight = (ctx.present / ctx.present.sum(0)).unsqueeze(-1).unsqueeze(-1)
+            mean = (attended * weight.to(attended.dtype)).sum(0, keepdim=True)
+        return residual(block, x, mean.expand_as(x), ctx.grid), None
+
+
+class Random(Fuser):
+    """Tokens are exchanged at random, without scores ("random 10 % / 30 %", Table 5).
+
+    In training every step draws anew from torch's generator. In evaluation the draw is fixed, so that figures repeat.
+
+    Args:
+        dim, modalities, stage, seed: see :class:`~tokenfusion.fusion.fusers.Fuser`.
+        rate: expected share of exchanged tokens, 0..1.
+    """
+
+    def __init__(self, dim: int, modalities: int, stage: int = 0, seed: int = 0, rate: float = 0.1) -> None:
+        super().__init__(dim, modalities, stage, seed)
+        if not 0 <= rate <= 1:
+            raise ValueError(f"rate must be in 0..1, not {rate}")
+        self.rate = rate
+
+    def forward(self, block: Block, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        x = ctx.align(x)
+        attended = split(block.attend(merge(x), ctx.grid), x.shape[0])
+        if self.modalities > 1:
+            attended = substitute(attended, self.stand_in(attended, ctx.present), self._drawn(x, ctx))
+        return residual(block, x, attended, ctx.grid), None
+
+    def _drawn(self, x: Tensor, ctx: Context) -> Tensor:
+        if self.training:
+            drawn = torch.rand(x.shape[:3], device=x.device) < self.rate
+        else:
+            generator = torch.Generator().manual_seed(self.seed * 64 + self.stage)
+            drawn = (torch.rand(x.shape[0], 1, x.shape[2], generator=generator) < self.rate).to(x.device)
+        drawn = drawn & (torch.arange(x.shape[2], device=x.device) >= ctx.prefix)
+        return drawn if ctx.present is None else drawn | ~ctx.present.unsqueeze(-1)

@@ -1,0 +1,43 @@
+"""Keep a token or let another stream's token stand in for it (Eq. 6), and what was exchanged, in figures."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def substitute(tokens: Tensor, stand_in: Tensor, replaced: Tensor) -> Tensor:
+    """``e * I[s >= theta] + Proj(e) * I[s < theta]`` (Eq. 6), without a branch, so that it compiles and exports.
+
+    Args:
+        tokens: own tokens ``[..., N, C]``.
+        stand_in: the projected tokens of the other stream ``[..., N, C]``.
+        replaced: true where the stand-in is taken ``[..., N]``.
+    """
+    return torch.where(replaced.unsqueeze(-1), stand_in, tokens)
+
+
+class ExchangeRates(NamedTuple):
+    """Shares in 0..1, per modality ``[M]``."""
+
+    exchanged: Tensor  # of all tokens of the stream
+    donor_below: Tensor  # of the exchanged tokens: those whose donor scores below the threshold too (0 where none was)
+
+
+def exchange_rates(scores: Tensor, donor_scores: Tensor, threshold: float) -> ExchangeRates:
+    """How much each stream received, and from donors of what worth.
+
+    A donor below the threshold gives next to nothing under the released rule (it is weighed by its own score): attention is
+    then pruned, not exchanged. That share is the first figure to look at.
+
+    Args:
+        scores: ``[M, B, N]``.
+        donor_scores: the score of the token that would stand in, ``[M, B, N]``.
+        threshold: theta.
+    """
+    replaced = scores < threshold
+    count = replaced.sum((1, 2))
+    both = (replaced & (donor_scores < threshold)).sum((1, 2))
+    return ExchangeRates(count / replaced[0].numel(), both / count.clamp(min=1))

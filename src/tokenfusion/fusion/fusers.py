@@ -1,0 +1,172 @@
+"""How the streams exchange information inside a block: the contract, no fusion, and TokenFusion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokenfusion.fusion.allocation import partners, present_partners, take
+from tokenfusion.fusion.exchange import ExchangeRates, exchange_rates, substitute
+from tokenfusion.fusion.modality import merge, split
+from tokenfusion.fusion.scores import ScorePredictor
+
+Grid = tuple[int, int]
+
+
+class Block(Protocol):
+    """What a fuser needs of a pre-norm block; every call takes the merged stack ``[M*B, N, C]``."""
+
+    norm1: Any
+    norm2: Any
+    attention: Any  # (tokens, grid, context=None, mask=None); .reduce(tokens, grid) makes a stream's own context
+    mlp: Any  # (tokens, grid)
+    drop: Any  # stochastic depth
+
+    def attend(self, x: Tensor, grid: Grid) -> Tensor: ...  # attention(norm1(x))
+
+    def feed(self, x: Tensor, grid: Grid) -> Tensor: ...  # mlp(norm2(x))
+
+
+@dataclass
+class Context:
+    """What a fuser knows beside the tokens.
+
+    Attributes:
+        grid: rows and columns of the token map; its product is N less the prefix.
+        prefix: leading tokens (class, register, detection) that are never scored, exchanged or counted.
+        position: embedding ``[N, C]`` that residual positional alignment re-adds before this block, gradient stopped.
+        present: bool ``[M, B]``, or None where every modality is there.
+        carried: what a method takes along from block to block.
+    """
+
+    grid: Grid
+    prefix: int = 0
+    position: Tensor | None = None
+    present: Tensor | None = None
+    carried: Tensor | None = None
+
+    def align(self, x: Tensor) -> Tensor:
+        """Re-add the position embedding, where the model has residual positional alignment."""
+        return x if self.position is None else x + self.position
+
+
+class Fuser(nn.Module):
+    """One block on all streams: ``fuser(block, x, ctx) -> (x, scores)`` with ``x [M, B, N, C]``, ``scores [M, B, N]`` or None.
+
+    Args:
+        dim: token width C.
+        modalities: number of streams M.
+        stage: index of the stage, which has its own group allocation.
+        seed: of the group allocation.
+    """
+
+    threshold: float | None = None
+
+    def __init__(self, dim: int, modalities: int, stage: int = 0, seed: int = 0) -> None:
+        super().__init__()
+        self.modalities = modalities
+        self.stage = stage
+        self.seed = seed
+
+    def forward(self, block: Block, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError
+
+    def stand_in(self, x: Tensor, present: Tensor | None) -> Tensor:
+        """For every token the same position of the modality allotted to it (Eq. 2 with h = identity, Eq. 7)."""
+        if present is None and self.modalities <= 2:
+            return x if self.modalities == 1 else x.flip(0)
+        partner = partners(self.modalities, x.shape[2], self.seed, self.stage, x.device)
+        return take(x, partner if present is None else present_partners(partner, present))
+
+    def rates(self, scores: Tensor, present: Tensor | None = None) -> ExchangeRates:
+        """What this fuser exchanged, from the scores that it returned."""
+        assert self.threshold is not None, "only fusers with a threshold exchange by score"
+        return exchange_rates(scores, self.stand_in(scores, present), self.threshold)
+
+
+def residual(block: Block, x: Tensor, attended: Tensor, grid: Grid) -> Tensor:
+    """Both residual steps of a pre-norm block, from what its attention gave; all ``[M, B, N, C]``."""
+    y = merge(x) + block.drop(merge(attended))
+    return split(y + block.drop(block.feed(y, grid)), x.shape[0])
+
+
+class NoFusion(Fuser):
+    """The streams never meet before the ensemble ("late ensemble"; with one modality: the plain network)."""
+
+    def forward(self, block: Block, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        x = ctx.align(x)
+        return residual(block, x, split(block.attend(merge(x), ctx.grid), x.shape[0]), ctx.grid), None
+
+
+class TokenFusion(Fuser):
+    """Uninformative tokens are substituted by aligned tokens of another modality (Sec. 3.2, 3.3).
+
+    ``rule="released"``: the score weighs the attention output, and where it is below the threshold that residual branch is
+    replaced by the partner's (weighed by the partner's score); the residual stream keeps its own token. Every published
+    checkpoint works so. ``rule="paper"``: whole tokens are substituted before the layer (Eq. 6), then the score weighs the
+    input of attention (Eq. 4); a substituted token brings its score along.
+
+    Args:
+        dim, modalities, stage, seed: see :class:`Fuser`.
+        rule: ``"released"`` or ``"paper"``.
+        threshold: theta, 0.02 in the released code and Sec. 4 (1e-2 in Sec. 3.2); 1.0 exchanges everything.
+        init_bias: see :class:`~tokenfusion.fusion.scores.ScorePredictor`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        modalities: int,
+        stage: int = 0,
+        seed: int = 0,
+        rule: Literal["released", "paper"] = "released",
+        threshold: float = 0.02,
+        init_bias: float | None = None,
+    ) -> None:
+        super().__init__(dim, modalities, stage, seed)
+        if rule not in ("released", "paper"):
+            raise ValueError(f"rule must be 'released' or 'paper', not {rule!r}")
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must be in 0..1, not {threshold}")
+        self.rule = rule
+        self.threshold: float = threshold
+        self.score = ScorePredictor(dim, modalities, init_bias)
+
+    def forward(self, block: Block, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        fuse = self._released if self.rule == "released" else self._paper
+        x, attended, scores = fuse(block, x, ctx)
+        return residual(block, x, attended, ctx.grid), scores
+
+    def _released(self, block: Block, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        x = ctx.align(x)
+        scores = self._scores(x, ctx)
+        weight = _pad_prefix(scores, ctx.prefix)
+        attended = split(block.attend(merge(x), ctx.grid), self.modalities) * weight.unsqueeze(-1)
+        return x, self._exchange(attended, weight, ctx.present), scores
+
+    def _paper(self, block: Block, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
+        scores = self._scores(x, ctx)
+        weight = _pad_prefix(scores, ctx.prefix)
+        x = ctx.align(self._exchange(x, weight, ctx.present))  # Eq. 6, "before each transformer layer"
+        weight = self._exchange(weight.unsqueeze(-1), weight, ctx.present)
+        weighed = block.norm1(merge(x)) * merge(weight)  # Eq. 4
+        return x, split(block.attention(weighed, ctx.grid), self.modalities), scores
+
+    def _scores(self, x: Tensor, ctx: Context) -> Tensor:
+        scores = self.score(x[:, :, ctx.prefix :] if ctx.prefix else x)
+        # a missing modality is uninformative everywhere: the method itself fills it in
+        return scores if ctx.present is None else scores * ctx.present.unsqueeze(-1)
+
+    def _exchange(self, x: Tensor, weight: Tensor, present: Tensor | None) -> Tensor:
+        if self.modalities == 1:
+            return x
+        return substitute(x, self.stand_in(x, present), weight < self.threshold)
+
+
+def _pad_prefix(scores: Tensor, prefix: int) -> Tensor:
+    """Prefix tokens have score 1: weighed by one and never below a threshold."""
+    return F.pad(scores, (prefix, 0), value=1.0) if prefix else scores

@@ -1,0 +1,48 @@
+"""Aligned streams as one tensor, and private copies of a layer inside a shared network (Sec. 3.3)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+def merge(x: Tensor) -> Tensor:
+    """``[M, B, ...]`` to ``[M*B, ...]``: how a shared layer sees all streams at once."""
+    return x.flatten(0, 1)
+
+
+def split(x: Tensor, modalities: int) -> Tensor:
+    """``[M*B, ...]`` back to ``[M, B, ...]``."""
+    return x.unflatten(0, (modalities, -1))
+
+
+class PerModality(nn.ModuleList):
+    """One copy of a module per modality, called on the merged stack ``[M*B, ...]``.
+
+    The paper shares attention and MLP and keeps the norms private ("shared MSA & MLP, unshared LN", Table 8). The copies
+    start equal, so a pretrained single-modal network stays what it was.
+
+    Args:
+        module: the layer to copy.
+        modalities: number of streams M.
+    """
+
+    def __init__(self, module: nn.Module, modalities: int) -> None:
+        super().__init__(copy.deepcopy(module) for _ in range(modalities))
+
+    def forward(self, x: Tensor, *args: object) -> Tensor:
+        if len(self) == 1:
+            return self[0](x, *args)
+        return torch.cat([copy_(chunk, *args) for copy_, chunk in zip(self, x.chunk(len(self)), strict=True)])
+
+
+def make_private(network: nn.Module, modalities: int, kinds: tuple[type[nn.Module], ...]) -> nn.Module:
+    """Replace, in place, every layer of the given kinds by :class:`PerModality` copies of it; returns the network."""
+    for name, child in network.named_children():
+        if isinstance(child, kinds):
+            setattr(network, name, PerModality(child, modalities))
+        else:
+            make_private(child, modalities, kinds)
+    return network

@@ -1,0 +1,155 @@
+"""Recipes: read a shipped one or a file, apply overrides, validate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from tokenfusion.api import TASKS, Recipe, task_package
+from tokenfusion.components import TARGET
+from tokenfusion.errors import UserError, nearest
+
+SHIPPED = Path(__file__).parent / "recipes"
+
+# one word on the command line: fuser=concat
+FUSERS: dict[str, dict[str, Any]] = {
+    "none": {TARGET: "tokenfusion.fusion.NoFusion"},
+    "concat": {TARGET: "tokenfusion.fusion.Concat"},
+    "average": {TARGET: "tokenfusion.fusion.Average"},
+    "random": {TARGET: "tokenfusion.fusion.Random"},
+    "tokenfusion": {TARGET: "tokenfusion.fusion.TokenFusion"},
+    "tokenfusion-paper": {TARGET: "tokenfusion.fusion.TokenFusion", "rule": "paper"},
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a string; here it is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
+)
+
+
+def shipped() -> dict[str, str]:
+    """Names of the shipped recipes and their one-line descriptions."""
+    return {path.stem: str(_load(path).get("description", "")) for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A validated recipe.
+
+    Args:
+        name: of a shipped recipe, or the path of a YAML file. A file may say ``base: NAME`` and only what differs.
+        overrides: ``key.path=value``, the value in YAML.
+
+    Raises:
+        UserError: names the file or the override, the key and the nearest valid one.
+    """
+    path = find(name)
+    content = _with_base(path)
+    for override in overrides:
+        key, sign, value = override.partition("=")
+        if not sign or not key:
+            raise UserError(f"{override!r} is no override; wanted key.path=value, for example train.lr=1e-4")
+        try:
+            parsed = yaml.load(value, _Loader)
+        except yaml.YAMLError:
+            raise UserError(f"{override!r}: {value!r} is not YAML") from None
+        content = _merge(content, _nested(key.split("."), parsed), override)
+    return validate(content, str(path))
+
+
+def find(name: str) -> Path:
+    """The file of a recipe name or path."""
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise UserError(f"{name}: no such recipe file")
+        return Path(name)
+    path = SHIPPED / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"no recipe named {name!r}; {nearest(name, shipped())} (a file must end in .yaml)")
+    return path
+
+
+def validate(content: Mapping[str, Any], source: str) -> Recipe:
+    """Check every key and value; short fuser names are spelt out."""
+    content = dict(content)
+    task = content.setdefault("task", "segmentation")
+    if task not in TASKS:
+        raise UserError(f"{source}: task is {task!r}; {nearest(str(task), TASKS)}")
+    content["fuser"] = _fuser(content.get("fuser"), source)
+    schema: type[BaseModel] = task_package(task).Recipe
+    try:
+        return schema.model_validate(content)  # type: ignore[return-value]
+    except ValidationError as error:
+        raise UserError(f"{source}: {_one_line(error, schema)}") from None
+
+
+def _fuser(value: Any, source: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value not in FUSERS:
+        raise UserError(f"{source}: fuser is {value!r}; {nearest(value, FUSERS)}")
+    return FUSERS[value]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not readable as YAML ({' '.join(str(error).split())[:160]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: wanted keys and values, as in a shipped recipe")
+    return content
+
+
+def _with_base(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    content = _load(path)
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    if path in seen:
+        raise UserError(f"{path}: base leads back to itself")
+    return _merge(_with_base(find(str(base)), (*seen, path)), content, str(path))
+
+
+def _nested(keys: list[str], value: Any) -> dict[str, Any]:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def _merge(old: Any, new: Any, source: str) -> Any:
+    """``new`` over ``old``: sections merge key by key; another component or fuser name replaces the old one whole."""
+    if isinstance(old, str) and isinstance(new, Mapping) and TARGET not in new:
+        old = _fuser(old, source)  # fuser.threshold=0.1 on a recipe that names its fuser by one word
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        return new
+    if TARGET in new and new[TARGET] != old.get(TARGET):
+        return dict(new)
+    return {**old, **{k: _merge(old[k], v, source) if k in old else v for k, v in new.items()}}
+
+
+def _one_line(error: ValidationError, schema: type[BaseModel]) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; {nearest(str(first['loc'][-1]), _fields(schema, first['loc'][:-1]))}"
+    if first["type"] == "missing":
+        return f"key {key!r} is missing"
+    return f"{key}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}"
+
+
+def _fields(schema: type[BaseModel], place: Sequence[str | int]) -> list[str]:
+    for part in place:
+        annotation = schema.model_fields[str(part)].annotation if str(part) in schema.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        schema = annotation
+    return list(schema.model_fields)

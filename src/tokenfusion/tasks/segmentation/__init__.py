@@ -1,0 +1,21 @@
+"""RGB-D and other multimodal semantic segmentation."""
+
+from tokenfusion.data.augment import Batch
+from tokenfusion.tasks.segmentation.model import FusedSegmenter, SegmentationOutput
+from tokenfusion.tasks.segmentation.run import evaluate, load, predict, save, train
+from tokenfusion.tasks.segmentation.settings import SegmentationRecipe as Recipe
+from tokenfusion.tasks.segmentation.task import SegmentationTask, build_model
+
+__all__ = [
+    "Batch",
+    "FusedSegmenter",
+    "Recipe",
+    "SegmentationOutput",
+    "SegmentationTask",
+    "build_model",
+    "evaluate",
+    "load",
+    "predict",
+    "save",
+    "train",
+]

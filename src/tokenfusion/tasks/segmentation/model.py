@@ -1,0 +1,53 @@
+"""The fused segmenter: a fused pyramid, one head for all streams, a learned ensemble."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from tokenfusion.backbones.fused import FusedBackbone
+from tokenfusion.fusion.ensemble import LearnedEnsemble
+from tokenfusion.fusion.modality import merge, split
+
+
+class SegmentationOutput(NamedTuple):
+    """Logits at 1/4 of the image, and the scores that decided what was exchanged."""
+
+    logits: dict[str, Tensor]  # of the modalities that are present: [B, K, h, w]
+    ensemble: Tensor  # [B, K, h, w]
+    scores: list[Tensor]  # per fused block [M, B, N]
+    present: Tensor | None  # bool [M, B], None where every modality is there
+
+
+class FusedSegmenter(nn.Module):
+    """Segments aligned images of several modalities.
+
+    Args:
+        backbone: the fused pyramid.
+        head: maps of one stream to logits; shared by the streams.
+
+    Example: ``output = model({"rgb": rgb, "depth": depth}); output.ensemble.argmax(1)``
+    """
+
+    def __init__(self, backbone: FusedBackbone, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.ensemble = LearnedEnsemble(len(backbone.modalities))
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return self.backbone.modalities
+
+    def forward(self, inputs: Mapping[str, Tensor], present: Tensor | None = None) -> SegmentationOutput:
+        """Args:
+        inputs: ``{name: [B, 3, H, W]}`` normalised; names may be missing.
+        present: bool ``[M, B]``, which samples have which modality.
+        """
+        features = self.backbone(inputs, present)
+        logits = split(self.head([merge(x) for x in features.maps]), len(self.modalities))
+        named = {name: logits[i] for i, name in enumerate(self.modalities) if name in inputs}
+        ensemble = self.ensemble(logits, features.present)
+        return SegmentationOutput(named, ensemble, features.scores, features.present)

@@ -1,0 +1,197 @@
+"""The verbs of a segmentation run: train, evaluate, predict, load."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from tokenfusion.data.augment import collate
+from tokenfusion.data.folder import DatasetSpec, Folder
+from tokenfusion.errors import UserError
+from tokenfusion.tasks.segmentation.inference import MULTI_SCALE, Evaluation, Result, evaluate as evaluate_frames
+from tokenfusion.tasks.segmentation.metrics import segmentation_scores
+from tokenfusion.tasks.segmentation.model import FusedSegmenter
+from tokenfusion.tasks.segmentation.predict import Predictor
+from tokenfusion.tasks.segmentation.samples import write_samples
+from tokenfusion.tasks.segmentation.settings import SegmentationRecipe
+from tokenfusion.tasks.segmentation.task import SegmentationTask, build_model, frames, load_pretrained
+from tokenfusion.train import Checkpoints, Engine, FitResult, fit, load_model
+
+MAY_CHANGE = {("data", "root"), ("train", "devices"), ("train", "workers"), ("description",)}  # and a run still goes on
+SAMPLES = 6
+
+
+def train(recipe: SegmentationRecipe, out: Path, trust: bool = False) -> FitResult:
+    """Train into a run folder, or go on from its newest checkpoint; ends with metrics.json and samples."""
+    folder = Folder(recipe.data.root)
+    if not folder.has_target:
+        raise UserError(f"{folder.file}: training needs a target")
+    training, validation = frames(recipe, folder, recipe.data.train, True), frames(recipe, folder, recipe.data.val)
+    model = build_model(recipe, len(folder.classes), trust)
+    fresh = not any((out / "checkpoints").glob("step-*"))
+    _settle(recipe, folder.spec, out)
+    if fresh and recipe.model.weights is not None:
+        print(load_pretrained(model, recipe.model.weights))
+    task = SegmentationTask(model, recipe)
+
+    def judge(engine: Engine) -> dict[str, float]:
+        result = _judged(task.model, validation, recipe.evaluation, engine)
+        return {f"{stream}/{k}": v for stream, figures in _streams(result).items() for k, v in figures.items()}
+
+    result = fit(task, training, out, recipe.train, seed=recipe.seed, evaluate=judge, collate=collate)
+    if result.is_first:
+        write_samples(task.model, validation, recipe.evaluation, out / "samples", SAMPLES)
+        evaluate(out, recipe, None, None, False, "last", trust)
+    return result
+
+
+def _judged(model: FusedSegmenter, validation: Any, protocol: Evaluation, engine: Engine) -> Result:
+    classes = len(validation.folder.classes)
+    result = evaluate_frames(model, validation, classes, protocol, engine.rank, engine.world)
+    return result._replace(confusion={name: engine.sum(matrix) for name, matrix in result.confusion.items()})
+
+
+def _streams(result: Result) -> dict[str, dict[str, float]]:
+    streams = {}
+    for name, matrix in result.confusion.items():
+        scores = segmentation_scores(matrix)
+        streams[name] = {
+            "pixel_accuracy": scores.pixel_accuracy,
+            "mean_accuracy": scores.mean_accuracy,
+            "miou": scores.miou,
+        }
+    return streams
+
+
+def _settle(recipe: SegmentationRecipe, dataset: DatasetSpec, out: Path) -> None:
+    """Write recipe.yaml and dataset.yaml; a run folder of another recipe is not continued."""
+    new = recipe.model_dump(mode="json")
+    file = out / "recipe.yaml"
+    if file.is_file():
+        try:
+            old = SegmentationRecipe.model_validate(yaml.safe_load(file.read_text())).model_dump(mode="json")
+        except ValueError as error:
+            raise UserError(f"{file}: not a readable recipe ({' '.join(str(error).split())[:160]})") from None
+        different = [key for key in _differences(old, new) if key not in MAY_CHANGE]
+        if different:
+            keys = ", ".join(".".join(key) for key in different[:5])
+            raise UserError(f"{out}: holds a run of another recipe (different: {keys}); choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in (("recipe.yaml", new), ("dataset.yaml", dataset.model_dump(mode="json", exclude_unset=True))):
+            part = out / f".{name}.partial"
+            part.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+            os.replace(part, out / name)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+
+
+def _differences(old: Any, new: Any, place: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), (*place, key))]
+    return [] if old == new else [place]
+
+
+def load(
+    run: Path, recipe: SegmentationRecipe, checkpoint: str = "last", trust: bool = False
+) -> tuple[FusedSegmenter, DatasetSpec, dict[str, Any]]:
+    """The trained model in eval mode, the data set's description and the checkpoint's state."""
+    dataset = _dataset(run)
+    model = build_model(recipe, len(dataset.classes), trust)
+    tensors, state = load_model(run, checkpoint)
+    try:
+        model.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items()})
+    except RuntimeError as error:
+        raise UserError(f"{run}: the checkpoint does not fit recipe.yaml ({str(error).splitlines()[1].strip()})") from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), dataset, state
+
+
+def save(recipe: SegmentationRecipe, dataset: DatasetSpec, tensors: Mapping[str, torch.Tensor], out: Path) -> None:
+    """Write weights from elsewhere as a run folder.
+
+    Raises:
+        UserError: where they are not the whole of the recipe's model.
+    """
+    model = build_model(recipe, len(dataset.classes))
+    try:
+        model.load_state_dict(dict(tensors))
+    except RuntimeError as error:
+        raise UserError(f"the weights do not fit the model: {str(error).splitlines()[1].strip()}") from None
+    _settle(recipe, dataset, out)
+    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
+    Checkpoints(out).save(0, weights, {}, {"step": 0})
+
+
+def _dataset(run: Path) -> DatasetSpec:
+    file = run / "dataset.yaml"
+    try:
+        return DatasetSpec.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: not readable ({' '.join(str(error).split())[:160]})") from None
+
+
+def evaluate(
+    run: Path, recipe: SegmentationRecipe, data: str | Path | None, split: str | None, multi_scale: bool,
+    checkpoint: str = "last", trust: bool = False,
+) -> dict[str, Any]:
+    """Judge a run on a split and write ``metrics.json``."""
+    model, dataset, state = load(run, recipe, checkpoint, trust)
+    folder = Folder(data or recipe.data.root)
+    if folder.classes != [entry.name for entry in dataset.classes]:
+        raise UserError(f"{folder.file}: has other classes than the data that this run was trained on")
+    split = split or recipe.data.val
+    protocol = MULTI_SCALE if multi_scale else recipe.evaluation
+    result = evaluate_frames(model, frames(recipe, folder, split), len(folder.classes), protocol)
+    per_class = {name: segmentation_scores(matrix) for name, matrix in result.confusion.items()}
+    content = {
+        "task": "segmentation",
+        "dataset": folder.name,
+        "split": split,
+        "images": result.images,
+        "protocol": str(protocol),
+        "streams": _streams(result),
+        "classes": folder.classes,
+        "per_class": {n: {"iou": _list(s.iou), "accuracy": _list(s.accuracy)} for n, s in per_class.items()},
+        "exchange": _by_modality(model, result, 0),
+        "donor_below": _by_modality(model, result, 1),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "checkpoint": checkpoint,
+        "step": state["step"],
+    }
+    part = run / ".metrics.json.partial"
+    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(part, run / "metrics.json")
+    return content
+
+
+def _list(values: torch.Tensor) -> list[float | None]:
+    return [None if v != v else v for v in values.tolist()]
+
+
+def _by_modality(model: FusedSegmenter, result: Result, which: int) -> dict[str, dict[str, float]]:
+    return {
+        block: dict(zip(model.modalities, rates[which].tolist(), strict=True)) for block, rates in result.rates.items()
+    }
+
+
+def predict(
+    run: Path, recipe: SegmentationRecipe, out: Path, files: Mapping[str, str | Path] | None,
+    data: str | Path | None, split: str | None, checkpoint: str = "last", trust: bool = False,
+) -> list[Path]:
+    """Predict on single files or a data set folder; returns the written files."""
+    if (files is None) == (data is None):
+        raise UserError("predict wants either files (rgb=a.jpg depth=a.png) or --data FOLDER")
+    model, dataset, _ = load(run, recipe, checkpoint, trust)
+    predictor = Predictor(model, dataset, recipe.evaluation, recipe.data.resize)
+    if files is not None:
+        return predictor.files({name: Path(path) for name, path in files.items()}, out)
+    assert data is not None
+    return predictor.folder(Folder(data), split, out)

@@ -1,0 +1,221 @@
+"""Concat, Average and Random on one block."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tokenfusion.backbones.mit import MiTBlock
+from tokenfusion.fusion import Average, Concat, Context, NoFusion, Random, make_private, partners
+
+GRID = (4, 4)
+C = 8
+
+
+@pytest.fixture
+def block(shake) -> MiTBlock:
+    """Shared by three streams, with private norms and a spatial reduction, float64."""
+    return shake(make_private(MiTBlock(C, 2, 2, drop_path=0.0), 3, (nn.LayerNorm,)).double()).eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(3, 2, 16, C, dtype=torch.float64)
+
+
+def norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + layer.eps).sqrt() * layer.weight + layer.bias
+
+
+def feed(block: MiTBlock, m: int, x: Tensor) -> Tensor:
+    return block.mlp(norm(block.norm2[m], x), GRID)
+
+
+def own_keys(block: MiTBlock, m: int, x: Tensor) -> Tensor:
+    """What stream m's keys and values are made of, [B, K, C]."""
+    image = norm(block.norm1[m], x).transpose(1, 2).unflatten(2, GRID)
+    return norm(block.attention.norm[m], block.attention.sr(image).flatten(2).transpose(1, 2))
+
+
+def attend(block: MiTBlock, queries: Tensor, keys: Tensor) -> Tensor:
+    """Explicit softmax attention, head by head."""
+    attention, width = block.attention, C // block.attention.heads
+    q, (k, v) = attention.q(queries), attention.kv(keys).chunk(2, -1)
+    heads = []
+    for h in range(attention.heads):
+        part = slice(h * width, (h + 1) * width)
+        weight = (q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(width)).softmax(-1)
+        heads.append(weight @ v[..., part])
+    return attention.proj(torch.cat(heads, -1))
+
+
+# ---- concat --------------------------------------------------------------------------------------------------------
+
+
+def test_concat_attends_to_the_keys_of_all_streams(block: MiTBlock, x: Tensor) -> None:
+    keys = torch.cat([own_keys(block, m, x[m]) for m in range(3)], dim=1)
+    y, scores = Concat(C, 3)(block, x, Context(GRID))
+    assert scores is None
+    for m in range(3):
+        e = x[m] + attend(block, norm(block.norm1[m], x[m]), keys)
+        torch.testing.assert_close(y[m], e + feed(block, m, e), rtol=1e-9, atol=1e-10)
+
+
+def test_concat_masks_the_keys_of_missing_streams(block: MiTBlock, x: Tensor) -> None:
+    present = torch.tensor([[True, True], [False, True], [True, True]])
+    y, _ = Concat(C, 3)(block, x, Context(GRID, present=present))
+    keys = torch.cat([own_keys(block, m, x[m, :1]) for m in (0, 2)], dim=1)
+    for m in range(3):
+        e = x[m, :1] + attend(block, norm(block.norm1[m], x[m, :1]), keys)
+        torch.testing.assert_close(y[m, :1], e + feed(block, m, e), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(y[:, 1], Concat(C, 3)(block, x, Context(GRID))[0][:, 1], rtol=1e-9, atol=1e-10)
+
+
+def test_concat_of_one_stream_is_no_fusion(shake, x: Tensor) -> None:
+    block = shake(make_private(MiTBlock(C, 2, 2, 0.0), 1, (nn.LayerNorm,)).double()).eval()
+    torch.testing.assert_close(
+        Concat(C, 1)(block, x[:1], Context(GRID))[0], NoFusion(C, 1)(block, x[:1], Context(GRID))[0]
+    )
+
+
+# ---- average -------------------------------------------------------------------------------------------------------
+
+
+def attended(block: MiTBlock, x: Tensor) -> Tensor:
+    return torch.stack([attend(block, norm(block.norm1[m], x[m]), own_keys(block, m, x[m])) for m in range(len(x))])
+
+
+def test_average_gives_everyone_the_mean(block: MiTBlock, x: Tensor) -> None:
+    y, scores = Average(C, 3)(block, x, Context(GRID))
+    assert scores is None
+    mean = attended(block, x).mean(0)
+    for m in range(3):
+        e = x[m] + mean
+        torch.testing.assert_close(y[m], e + feed(block, m, e), rtol=1e-9, atol=1e-10)
+
+
+def test_average_is_over_the_streams_that_are_present(block: MiTBlock, x: Tensor) -> None:
+    present = torch.tensor([[True, True], [False, True], [True, True]])
+    y, _ = Average(C, 3)(block, x, Context(GRID, present=present))
+    all_attended = attended(block, x)
+    mean = torch.stack([all_attended[[0, 2], 0].mean(0), all_attended[:, 1].mean(0)])
+    for m in range(3):
+        e = x[m] + mean
+        torch.testing.assert_close(y[m], e + feed(block, m, e), rtol=1e-9, atol=1e-10)
+
+
+# ---- random --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("modalities", [2, 3])
+@pytest.mark.parametrize("training", [False, True])
+def test_random_exchanges_the_expected_share(modalities: int, training: bool) -> None:
+    """Streams are told apart by their constant value; the block below hands tokens on."""
+    x = torch.arange(1.0, modalities + 1).view(-1, 1, 1, 1).expand(modalities, 4, 3000, 1)
+    fuser = Random(1, modalities, stage=1, seed=3, rate=0.3).train(training)
+    y = fuser(_Handing(), x, Context((50, 60)))[0] - x
+    moved = y != x
+    assert (moved.float().mean((1, 2, 3)) - 0.3).abs().max() < 0.05
+    donor = partners(modalities, 3000, 3, 1)
+    for m in range(modalities):
+        expected = (donor[m] + 1).float().expand(4, 3000).unsqueeze(-1)
+        assert torch.equal(y[m][moved[m]], expected[moved[m]])
+
+
+class _Handing(nn.Module):
+    """Attention that gives back what it gets; an MLP that adds nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Identity()
+
+    def attend(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return x
+
+    def feed(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_random_at_its_ends(rate: float) -> None:
+    x = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1).expand(2, 2, 16, 1)
+    for training in (False, True):
+        y = Random(1, 2, rate=rate).train(training)(_Handing(), x, Context(GRID))[0] - x
+        assert torch.equal(y, x.flip(0) if rate else x)
+
+
+def test_random_is_fixed_in_evaluation_and_new_in_every_training_step() -> None:
+    x = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1).expand(2, 2, 400, 1)
+    fuser = Random(1, 2, rate=0.3)
+    ctx = Context((20, 20))
+    first, second = (fuser(_Handing(), x, ctx)[0] for _ in range(2))
+    assert not torch.equal(first, second)
+    fuser.eval()
+    state = torch.random.get_rng_state()
+    first = fuser(_Handing(), x, ctx)[0]
+    assert torch.equal(torch.random.get_rng_state(), state), "evaluation leaves torch's generator alone"
+    torch.manual_seed(1)
+    assert torch.equal(fuser(_Handing(), x, ctx)[0], first)
+    assert not torch.equal(Random(1, 2, seed=1, rate=0.3).eval()(_Handing(), x, ctx)[0], first)
+    assert not torch.equal(Random(1, 2, stage=1, rate=0.3).eval()(_Handing(), x, ctx)[0], first)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_random_leaves_prefix_tokens_alone(missing: bool) -> None:
+    present = torch.tensor([[True], [False]]) if missing else None
+    x = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1).expand(2, 1, 18, 1)
+    y = Random(1, 2, rate=1.0).eval()(_Handing(), x, Context(GRID, prefix=2, present=present))[0] - x
+    assert torch.equal(y[:, :, :2], x[:, :, :2])
+
+
+def test_random_fills_in_a_missing_stream() -> None:
+    present = torch.tensor([[True, True], [False, True]])
+    x = torch.tensor([1.0, 0.0]).view(2, 1, 1, 1).expand(2, 2, 16, 1)
+    y = Random(1, 2, rate=0.1).eval()(_Handing(), x, Context(GRID, present=present))[0] - x
+    assert (y[:, 0] == 1).all()
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.1])
+def test_rate_out_of_range_is_named(rate: float) -> None:
+    with pytest.raises(ValueError, match=f"0..1, not {rate}"):
+        Random(C, 2, rate=rate)
+
+
+# ---- all three -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Concat, Average, Random])
+def test_presence_of_everybody_changes_nothing(block: MiTBlock, x: Tensor, kind: type) -> None:
+    fuser = kind(C, 3).eval()
+    everybody = torch.ones(3, 2, dtype=torch.bool)
+    with_flag = fuser(block, x, Context(GRID, present=everybody))[0]
+    torch.testing.assert_close(with_flag, fuser(block, x, Context(GRID))[0], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [Concat, Average, Random])
+def test_content_of_a_missing_stream_has_no_influence_on_the_others(block: MiTBlock, x: Tensor, kind: type) -> None:
+    present = torch.tensor([[True, True], [False, True], [True, True]])
+    fuser = kind(C, 3).eval()
+    garbage = x.clone()
+    garbage[1, 0] = 100 * torch.randn(16, C, dtype=torch.float64)
+    y, z = (fuser(block, v, Context(GRID, present=present))[0] for v in (x, garbage))
+    torch.testing.assert_close(y[[0, 2]], z[[0, 2]], rtol=0, atol=0)
+    torch.testing.assert_close(y[1, 1], z[1, 1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [Concat, Average, Random])
+def test_position_is_added_first(block: MiTBlock, x: Tensor, kind: type) -> None:
+    fuser = kind(C, 3).eval()
+    position = torch.randn(16, C, dtype=torch.float64)
+    y = fuser(block, x, Context(GRID, position=position))[0]
+    torch.testing.assert_close(y, fuser(block, x + position, Context(GRID))[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [Concat, Average])
+def test_gradcheck(block: MiTBlock, kind: type) -> None:
+    x = torch.randn(3, 1, 16, C, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: kind(C, 3)(block, v, Context(GRID))[0], (x,), fast_mode=True)

@@ -1,0 +1,234 @@
+"""The whole chain as a user walks it: prepare, train, kill, train, eval, predict, report; and a user's mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import tokenfusion
+from tokenfusion.cli import main
+from tokenfusion.data import Folder
+from tokenfusion.tasks.segmentation.metrics import confusion_matrix, segmentation_scores
+
+SMALL = ["train.steps=6", "train.batch_size=2", "train.log_every=2", "train.checkpoint_every=2", "train.warmup_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "rooms"
+    tokenfusion.prepare_rooms(out, train=6, val=3, height=64, width=96, seed=1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "toy"
+    recipe = tokenfusion.read_recipe("toy-segmentation", [f"data.root={rooms}", "data.crop=[64, 96]", *SMALL])
+    tokenfusion.train(recipe, out)
+    return out
+
+
+def command(*arguments: object, code: int = 0, capsys: pytest.CaptureFixture[str] | None = None) -> str:
+    """Run the command line in this process; returns what went to standard error."""
+    old, sys.argv = sys.argv, ["tokenfusion", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        sys.argv = old
+    captured = capsys.readouterr() if capsys else None
+    assert (ended.value.code or 0) == code, captured
+    return captured.err if captured else ""
+
+
+def test_a_run_folder_is_complete(run: Path) -> None:
+    for name in ("recipe.yaml", "dataset.yaml", "metrics.jsonl", "metrics.json", "samples/index.json"):
+        assert (run / name).is_file(), name
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if line["split"] == "train"][-1]
+    for name in ("loss/rgb", "loss/depth", "loss/ensemble", "loss/sparsity", "exchange/stage1.0/rgb", "donor_below/stage4.1/depth"):
+        assert name in logged
+    assert logged["lr"] > 0
+
+
+def test_training_eval_and_predict_agree_to_the_last_digit(run: Path, rooms: Path, tmp_path: Path) -> None:
+    in_training = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines() if '"val"' in x][-1]
+    in_eval = tokenfusion.evaluate(run)
+    tokenfusion.predict(run, tmp_path, data=rooms, split="val")
+    folder, matrix = Folder(rooms), torch.zeros(13, 13, dtype=torch.int64)
+    for name in folder.ids("val"):
+        predicted = torch.from_numpy(np.array(Image.open(tmp_path / f"{name}.png"))).long()
+        matrix += confusion_matrix(folder.read_target(name), predicted, 13)
+    summed = segmentation_scores(matrix)
+    for name, value in (("miou", summed.miou), ("pixel_accuracy", summed.pixel_accuracy), ("mean_accuracy", summed.mean_accuracy)):
+        assert in_eval["streams"]["ensemble"][name] == value
+        assert in_training[f"ensemble/{name}"] == value
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(rooms: Path, run: Path, tmp_path: Path) -> None:
+    arguments = ["train", "toy-segmentation", f"data.root={rooms}", "data.crop=[64, 96]", *SMALL, "--out", str(tmp_path / "again")]
+    process = subprocess.Popen([sys.executable, "-m", "tokenfusion.cli", *arguments], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    first = tmp_path / "again" / "checkpoints" / "step-00000002"
+    deadline = time.monotonic() + 120
+    while not first.is_dir() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert first.is_dir(), "the run died before its first checkpoint"
+    again = tokenfusion.train(
+        tokenfusion.read_recipe("toy-segmentation", [f"data.root={rooms}", "data.crop=[64, 96]", *SMALL]), tmp_path / "again"
+    )
+    assert again.steps == 6
+    one, other = tokenfusion.load(run).state_dict(), tokenfusion.load(tmp_path / "again").state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_predict_writes_label_overlay_and_scores(run: Path, rooms: Path, tmp_path: Path) -> None:
+    name = Folder(rooms).ids("val")[0]
+    files = {"rgb": rooms / "rgb" / f"{name}.png", "depth": rooms / "depth" / f"{name}.png"}
+    written = tokenfusion.predict(run, tmp_path, files)
+    assert [path.name for path in written] == [f"{name}.png", f"{name}_overlay.png", f"{name}_scores.npz"]
+    assert np.array(Image.open(written[0])).shape == (64, 96)
+    assert np.array(Image.open(written[1])).shape == (64, 96, 3)
+    scores = np.load(written[2])
+    assert scores["stage1.0"].shape == (2, 16, 24)
+    assert list(scores["modalities"]) == ["rgb", "depth"]
+    alone = tokenfusion.predict(run, tmp_path / "rgb", {"rgb": files["rgb"]})  # a missing modality
+    assert (np.load(alone[2])["stage1.0"][1] == 0).all()
+
+
+def test_any_size(run: Path, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    Image.fromarray(generator.integers(0, 255, (101, 77, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(generator.integers(500, 4000, (101, 77), dtype=np.uint16)).save(tmp_path / "d.png")
+    written = tokenfusion.predict(run, tmp_path / "out", {"rgb": tmp_path / "a.png", "depth": tmp_path / "d.png"})
+    assert np.array(Image.open(written[0])).shape == (101, 77)
+
+
+def test_multi_scale_is_another_protocol(run: Path) -> None:
+    plain, many = tokenfusion.evaluate(run), tokenfusion.evaluate(run, multi_scale=True)
+    tokenfusion.evaluate(run)
+    assert plain["protocol"] != many["protocol"] and "flip" in many["protocol"]
+    assert 0 <= many["streams"]["ensemble"]["miou"] <= 100
+
+
+def test_report_and_compare(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command("report", run, capsys=capsys)
+    assert "<html" in (run / "report.html").read_text()
+    command("compare", run, run, "--out", tmp_path / "compare.html", capsys=capsys)
+    assert (tmp_path / "compare.html").is_file()
+
+
+def _image(path: Path, shape: tuple[int, ...], dtype: type = np.uint8, value: int = 100) -> Path:
+    Image.fromarray(np.full(shape, value, dtype)).save(path)
+    return path
+
+
+def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
+    """Arguments of predict, and the file that the message must name."""
+    rgb, depth = _image(folder / "rgb.png", (64, 96, 3)), _image(folder / "depth.png", (64, 96), np.uint16, 2000)
+    small = _image(folder / "small.png", (32, 48), np.uint16, 2000)
+    empty = _image(folder / "empty.png", (64, 96), np.uint16, 0)
+    (folder / "cut.png").write_bytes(rgb.read_bytes()[:60])
+    (folder / "noise.jpg").write_bytes(os.urandom(500))
+    np.save(folder / "nan.npy", np.full((64, 96), np.nan, np.float32))
+    return {
+        "another size": ([f"rgb={rgb}", f"depth={small}"], "small.png"),
+        "truncated": ([f"rgb={folder / 'cut.png'}", f"depth={depth}"], "cut.png"),
+        "no image": ([f"rgb={folder / 'noise.jpg'}", f"depth={depth}"], "noise.jpg"),
+        "missing file": ([f"rgb={folder / 'none.png'}", f"depth={depth}"], "none.png"),
+        "empty depth": ([f"rgb={rgb}", f"depth={empty}"], "empty.png"),
+        "NaN depth": ([f"rgb={rgb}", f"depth={folder / 'nan.npy'}"], "nan.npy"),
+        "channels": ([f"rgb={rgb}", f"depth={rgb}"], "rgb.png"),
+        "unknown modality": ([f"rgb={rgb}", f"thermal={depth}"], "thermal"),
+        "no pair": (["rgb.png"], "rgb.png"),
+    }
+
+
+CASES = "another size,truncated,no image,missing file,empty depth,NaN depth,channels,unknown modality,no pair".split(",")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_is_one_line_that_names_the_file(
+    case: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, named = mistakes(tmp_path)[case]
+    message = command("predict", run, *arguments, "--out", tmp_path / "out", code=2, capsys=capsys)
+    assert message.count("\n") == 1 and named in message and "Traceback" not in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_in_recipes_and_runs(run: Path, rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [
+        (["train", "toy-segmentaton"], "toy-segmentation"),
+        (["train", "toy-segmentation", "train.step=3"], "'steps'"),
+        (["train", "toy-segmentation", "fuser=concatt"], "'concat'"),
+        (["train", "toy-segmentation", "fuser.treshold=3"], "'threshold'"),
+        (["train", "toy-segmentation", "fuser.threshold=3"], "0..1"),
+        (["train", "toy-segmentation", "train.lr"], "train.lr=1e-4"),
+        (["train", "toy-segmentation", "data.root=nowhere"], "nowhere"),
+        (["train", "toy-segmentation", f"data.root={rooms}", "data.modalities=[rgb, lidar]"], "lidar"),
+        (["train", "toy-segmentation", f"data.root={rooms}", "data.crop=[64, 96]", "--out", run], "another recipe"),
+        (["eval", tmp_path], "not a run folder"),
+        (["eval", run, "--split", "test"], "test"),
+        (["predict", run], "rgb=a.jpg"),
+        (["prepare", "nyudv3", "--out", tmp_path / "x"], "nyudv2"),
+        (["prepare", "nyudv2", "--out", tmp_path / "x"], "--source"),
+        (["convert", rooms / "dataset.yaml", "--from", "segformr", "--out", tmp_path / "y"], "segformer"),
+    ]
+    for arguments, wanted in cases:
+        message = command(*arguments, code=2, capsys=capsys)
+        assert wanted in message and message.count("\n") == 1, (arguments, message)
+
+
+def test_a_recipe_of_others_builds_nothing_foreign(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    recipe["fuser"] = {"_target_": "os.system", "command": f"touch {tmp_path / 'owned'}"}
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert "--trust" in command("eval", copy, code=2, capsys=capsys)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_label_out_of_range_is_named(rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "rooms"
+    shutil.copytree(rooms, copy)
+    _image(copy / "label" / f"{Folder(copy).ids('train')[0]}.png", (64, 96), value=99)
+    message = command("train", "toy-segmentation", f"data.root={copy}", "data.crop=[64, 96]", *SMALL, "--out", tmp_path / "r", code=2,
+                      capsys=capsys)
+    assert "99" in message and "label" in message
+
+
+def test_real_images(real_data: Path, tmp_path: Path) -> None:
+    """Train two steps on NYUDv2, judge two images' worth, predict on one real pair."""
+    dataset = Path(__file__).parents[3] / "examples" / "nyuv2" / "dataset.yaml"
+    spec = yaml.safe_load(dataset.read_text())
+    (tmp_path / "few.txt").write_text("000003\n000007\n")
+    spec["splits"]["few"] = str(tmp_path / "few.txt")
+    spec["root"] = str(real_data / "nyuv2")
+    (tmp_path / "dataset.yaml").write_text(yaml.safe_dump(spec))
+    recipe = tokenfusion.read_recipe(
+        "toy-segmentation",
+        [f"data.root={tmp_path / 'dataset.yaml'}", "data.train=few", "data.val=few", "data.resize=[117, 156]", "data.crop=[96, 128]",
+         "train.steps=2", "train.batch_size=2", "train.warmup_steps=1"],
+    )
+    tokenfusion.train(recipe, tmp_path / "run")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["images"] == 2 and len(metrics["classes"]) == 40
+    files = {name: real_data / "nyuv2" / name / f"000003.{end}" for name, end in (("rgb", "jpg"), ("depth", "png"))}
+    written = tokenfusion.predict(tmp_path / "run", tmp_path / "out", files)
+    assert np.array(Image.open(written[0])).shape == (480, 640)
