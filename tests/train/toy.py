@@ -115,6 +115,7 @@ def settings(**changes: Any) -> Any:
 def main(run_dir: str, what: str) -> None:
     """Train in this process: ``what`` is JSON with task, its arguments, the data's arguments and the settings."""
     torch.set_num_threads(1)
+    sys.modules["torchmetrics"] = None  # type: ignore[assignment]  # Fabric would spend seconds to learn its version
     content = json.loads(what)
     dtype = torch.float64 if content.get("double") else torch.float32
     task = TASKS[content["task"]](**content.get("arguments", {}))

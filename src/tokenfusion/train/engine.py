@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from tokenfusion.errors import UserError
@@ -38,6 +37,8 @@ class Engine:
     """
 
     def __init__(self, devices: int | str = 1, precision: str = "32", accelerator: str = "auto") -> None:
+        from lightning_fabric import Fabric  # takes seconds: only those who train wait for it
+
         gpus = torch.cuda.device_count()
         kind = ("cuda" if gpus else "cpu") if accelerator == "auto" else accelerator
         count = _count(devices, kind, gpus)

@@ -101,7 +101,7 @@ def train_settings(values: Mapping[str, Any], source: str = "train") -> TrainSet
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise UserError(f"{source}: unknown key {key!r}; {nearest(key, TrainSettings.model_fields)}") from None
+            raise UserError(f"{source}: unknown key {key!r}; {_nearest(first['loc'])}") from None
         if first["type"] == "missing":
             raise UserError(f"{source}: key {key!r} is missing") from None
         message = first["msg"].removeprefix("Value error, ")
