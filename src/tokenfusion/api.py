@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,8 +99,12 @@ def train(recipe: Recipe, out: str | Path, trust: bool = False) -> FitResult:
 
 
 def evaluate(
-    run: str | Path, data: str | Path | None = None, split: str | None = None, multi_scale: bool = False,
-    checkpoint: str = "last", trust: bool = False,
+    run: str | Path,
+    data: str | Path | None = None,
+    split: str | None = None,
+    multi_scale: bool = False,
+    checkpoint: str = "last",
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Judge a run on a split; writes and returns the content of ``metrics.json``.
 
@@ -117,8 +122,13 @@ def evaluate(
 
 
 def predict(
-    run: str | Path, out: str | Path, files: Mapping[str, str | Path] | None = None, data: str | Path | None = None,
-    split: str | None = None, checkpoint: str = "last", trust: bool = False,
+    run: str | Path,
+    out: str | Path,
+    files: Mapping[str, str | Path] | None = None,
+    data: str | Path | None = None,
+    split: str | None = None,
+    checkpoint: str = "last",
+    trust: bool = False,
 ) -> list[Path]:
     """Predict on single files (``{"rgb": "a.jpg", "depth": "a.png"}``) or on a data set folder; returns what was written."""
     recipe = recipe_of(Path(run))
@@ -130,11 +140,25 @@ def load(path: str | Path, checkpoint: str = "last", trust: bool = False) -> nn.
     """The model of a run folder, in eval mode.
 
     Args:
-        path: a run folder (the ``--out`` of ``train`` or of ``convert``).
+        path: a run folder (the ``--out`` of ``train`` or of ``convert``), or the hub id of an uploaded one.
         checkpoint: ``"last"`` or ``"best"``.
         trust: build components outside of tokenfusion.
 
     Example: ``tokenfusion.load("runs/nyu")({"rgb": rgb, "depth": depth}).ensemble``
     """
-    recipe = recipe_of(Path(path))
-    return task_package(recipe.task).load(Path(path), recipe, checkpoint, trust)[0]
+    run = _local(str(path))
+    recipe = recipe_of(run)
+    return task_package(recipe.task).load(run, recipe, checkpoint, trust)[0]
+
+
+def _local(name: str) -> Path:
+    """A folder here, or what the hub holds under this id."""
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return Path(name)
+    from huggingface_hub import snapshot_download  # heavy import, and only needed here
+
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:  # the hub's client raises many kinds; each means "not from there"
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(f"{name}: no such folder, and not to be had from the hub ({reason})") from None

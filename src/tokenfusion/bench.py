@@ -161,7 +161,9 @@ def _size(entry: Contestant) -> tuple[int, float]:
     return sum(p.numel() for p in entry.model.parameters()), counter.get_total_flops() / 1e9
 
 
-def _peak(recipe_name: str, overrides: list[str], name: str, size: tuple[int, int], batch: int, training: bool) -> float:
+def _peak(
+    recipe_name: str, overrides: list[str], name: str, size: tuple[int, int], batch: int, training: bool
+) -> float:
     """Megabytes that a pass takes beyond the loaded model; runs in a process of its own."""
     small = contestant(recipe_name, overrides, name, (64, 64), batch, training)
     small.step()  # libraries and gradients are there before the measurement begins

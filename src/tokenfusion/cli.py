@@ -17,7 +17,9 @@ from tokenfusion.errors import UserError
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 out_console = Console(highlight=False)
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: key.path=value, e.g. train.lr=1e-4 fuser=concat")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Overrides: key.path=value, e.g. train.lr=1e-4 fuser=concat")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Build components outside of tokenfusion that a recipe names.")]
 Checkpoint = Annotated[str, typer.Option(help="last or best.")]
@@ -72,7 +74,9 @@ def prepare(
     height: Annotated[int, typer.Option(help="rooms: rows.")] = 96,
     width: Annotated[int, typer.Option(help="rooms: columns.")] = 128,
     seed: Annotated[int, typer.Option(help="rooms: seed.")] = 0,
-    verify: Annotated[bool, typer.Option("--verify", help="Check an existing --out against its manifest instead.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check an existing --out against its manifest instead.")
+    ] = False,
 ) -> None:
     """Write an official archive (or the procedural rooms) in the one on-disk format."""
     from tokenfusion import api
@@ -156,7 +160,9 @@ def report(run: Path) -> None:
 
 
 @app.command()
-def compare(runs: list[Path], out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("compare.html")) -> None:
+def compare(
+    runs: list[Path], out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("compare.html")
+) -> None:
     """One page that sets runs side by side."""
     from tokenfusion.report import write_comparison
 
@@ -168,7 +174,9 @@ def convert(
     file: Path,
     source: Annotated[str, typer.Option("--from", help="released-segmentation, segformer or hf-segformer.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    dataset: Annotated[str | None, typer.Option(help="dataset.yaml or folder that says how own files are read.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="dataset.yaml or folder that says how own files are read.")
+    ] = None,
     modalities: Annotated[str, typer.Option(help="Names of the streams, in the file's order.")] = "rgb,depth",
 ) -> None:
     """A foreign checkpoint in our format: a run folder that eval, predict and load() take."""
@@ -202,7 +210,14 @@ def bench(
     title = f"{recipe} at {size}, {result['threads']} threads, {result['device']}, torch {result['torch']}"
     table = Table("", "seconds", "fastest", "peak MB", "training peak MB", "million parameters", "GFLOP", title=title)
     for name, row in result["rows"].items():
-        cells = [row["seconds"], row["fastest"], row["peak_mb"], row["training_peak_mb"], row["parameters"] / 1e6, row["gflop"]]
+        cells = [
+            row["seconds"],
+            row["fastest"],
+            row["peak_mb"],
+            row["training_peak_mb"],
+            row["parameters"] / 1e6,
+            row["gflop"],
+        ]
         table.add_row(name, *(f"{c:.3f}" if i < 2 else f"{c:.1f}" for i, c in enumerate(cells)))
     out_console.print(table)
     for name, ratio in result["ratios"].items():

@@ -26,7 +26,9 @@ def find(name: str, key: str, trust: bool) -> Callable[..., Any]:
     """
     module, _, attribute = name.rpartition(".")
     if not trust and not name.startswith("tokenfusion."):
-        raise UserError(f"{key}: {name} is not part of tokenfusion; add --trust if you know where this recipe comes from")
+        raise UserError(
+            f"{key}: {name} is not part of tokenfusion; add --trust if you know where this recipe comes from"
+        )
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError):

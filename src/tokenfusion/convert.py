@@ -27,7 +27,10 @@ KINDS = ("released-segmentation", *SINGLE_MODAL)
 
 
 def convert(
-    file: str | Path, kind: str, out: str | Path, dataset: str | Path | None = None,
+    file: str | Path,
+    kind: str,
+    out: str | Path,
+    dataset: str | Path | None = None,
     modalities: tuple[str, ...] = ("rgb", "depth"),
 ) -> str:
     """Write a foreign checkpoint as a run folder (fused) or as ``model.safetensors`` (single-modal).
@@ -81,16 +84,16 @@ def _single(tensors: StateDict, file: str, out: Path) -> str:
     return f"MiT-{variant.upper()}; {account}\nwritten: {out} (use it as model.weights={out})"
 
 
-def _released(
-    tensors: StateDict, file: str, out: Path, dataset: str | Path | None, modalities: tuple[str, ...]
-) -> str:
+def _released(tensors: StateDict, file: str, out: Path, dataset: str | Path | None, modalities: tuple[str, ...]) -> str:
     name = "backbone.backbone.stages.0.embed.proj.weight"
     try:
         streams = tensors["ensemble.alpha"].numel()
         classes, width = tensors["head.classify.weight"].shape[:2]
         variant = _variant(_depths(tensors), tensors[name].shape[0], file)
     except KeyError as error:
-        raise UserError(f"{file}: key {error.args[0]!r} (in our names) is missing: not a whole segmentation file") from None
+        raise UserError(
+            f"{file}: key {error.args[0]!r} (in our names) is missing: not a whole segmentation file"
+        ) from None
     if len(modalities) != streams:
         raise UserError(f"{file}: has {streams} streams; --modalities names {len(modalities)}")
     if dataset is None:
@@ -110,4 +113,6 @@ def _released(
         ],
     )
     task_package(recipe.task).save(recipe, folder.spec, tensors, out)
-    return f"TokenFusion segmentation, MiT-{variant.upper()}, {classes} classes, {', '.join(modalities)}\nwritten: {out}"
+    return (
+        f"TokenFusion segmentation, MiT-{variant.upper()}, {classes} classes, {', '.join(modalities)}\nwritten: {out}"
+    )

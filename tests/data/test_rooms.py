@@ -11,11 +11,14 @@ import pytest
 
 from tokenfusion.data import Folder
 from tokenfusion.data.prepare import rooms as preparation
-from tokenfusion.data.rooms import BOX, CARPET, CLASSES, CUSHION, FLOOR, PANEL, WALL, Room, render
+from tokenfusion.data.furniture import BOX, CARPET, CLASSES, CUSHION, FLOOR, PANEL, WALL
+from tokenfusion.data.rooms import Room, render
 from tokenfusion.errors import UserError
 
 SIZE = (96, 128)
 SEEDS = range(24)
+NAMES = list(CLASSES)
+SOLID = ("panel", "cushion", "box", "sofa", "table", "dresser", "locker")  # never merely painted
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +128,14 @@ def test_boxes_hold_their_pixels_and_no_others(frames: list[Room]) -> None:
             shrunk = in_box(upright, box, -0.02)  # other things may stand in the hollow of a table or a sofa
             if name in (PANEL, BOX, CUSHION):
                 assert (instance[shrunk] == index).all()
+
+
+def test_all_furniture_in_sight_has_a_box(frames: list[Room]) -> None:
+    always_raised = [NAMES.index(name) for name in SOLID]
+    for room in frames:
+        for label in always_raised:
+            without = ((room.label == label) & (room.instance == 0)).sum()
+            assert without <= 3 * room.label.size / 800, NAMES[label]  # slivers of a few objects at most
 
 
 def test_points_are_the_measured_depth(frames: list[Room]) -> None:

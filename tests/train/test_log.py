@@ -36,6 +36,9 @@ def test_keep_until_drops_later_and_broken_lines(tmp_path: Path) -> None:
 
 
 def test_log_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(Not a directory\)"):
+        MetricsLog(tmp_path / "file" / "run" / "metrics.jsonl").keep_until(0)
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(Is a directory\)"):
         MetricsLog(tmp_path / "metrics.jsonl").write(1, "val", 0.0, {})

@@ -268,6 +268,16 @@ def test_another_model_or_other_settings(tmp_path: Path, capsys: pytest.CaptureF
         fit(Regression(), Samples(), tmp_path, settings(steps=6), progress="silent")
 
 
+def test_training_goes_on_from_bare_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As ``convert`` writes them: no optimiser, step 0."""
+    start = {name: value + 1 for name, value in Regression().state_dict().items()}
+    Checkpoints(tmp_path).save(0, start, {}, {"step": 0})
+    task = Regression()
+    fit(task, Samples(), tmp_path, settings(steps=1, lr=1e-9), progress="silent")
+    assert torch.allclose(task.model[0].weight, start["model.0.weight"])
+    assert capsys.readouterr().err == ""
+
+
 def test_plain_progress_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit(Regression(), Samples(), tmp_path, settings())
     captured = capsys.readouterr()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from tokenfusion.backbones.mit import MiT, to_map
+from tokenfusion.backbones.mit import MiT, MiTBlock, to_map
 from tokenfusion.fusion.alignment import LearnedPosition
 from tokenfusion.fusion.exchange import ExchangeRates
 from tokenfusion.fusion.fusers import Context, Fuser, NoFusion
@@ -57,33 +57,35 @@ class FusedBackbone(nn.Module):
             raise ValueError(f"modalities must be different names, at least one; got {list(modalities)}")
         self.modalities = tuple(modalities)
         self.placement = placement
-        self.backbone = make_private(backbone, len(modalities), private)
+        make_private(backbone, len(modalities), private)
+        self.backbone = backbone
         self.fusers = nn.ModuleList()
-        for index, stage in enumerate(backbone.stages):
+        for index, stage in enumerate(backbone.parts()):
             count = len(stage.blocks) if score_nets == "block" and placement == "every" else 1
             self.fusers.append(nn.ModuleList(fuser(stage.dim, len(modalities), index) for _ in range(count)))
         self.plain = NoFusion(0, len(modalities))
-        self.position = LearnedPosition(backbone.stages[0].dim) if alignment else None
+        self.position = LearnedPosition(backbone.dims[0]) if alignment else None
 
     @property
     def dims(self) -> list[int]:
-        return [stage.dim for stage in self.backbone.stages]
+        return self.backbone.dims
 
     @property
     def threshold(self) -> float | None:
-        return self.fusers[0][0].threshold
+        """The fuser's, None where it does not score."""
+        return self.fuser_of(0, len(self.backbone.parts()[0].blocks) - 1).threshold
 
     def fuser_of(self, stage: int, block: int) -> Fuser:
         """The fuser that runs a block."""
-        last = len(self.backbone.stages[stage].blocks) - 1
+        last = len(self.backbone.parts()[stage].blocks) - 1
         if self.placement == "last" and block < last:
             return self.plain
-        fusers = self.fusers[stage]
-        return fusers[block if len(fusers) > 1 else 0]
+        fusers = cast("nn.ModuleList", self.fusers[stage])
+        return cast("Fuser", fusers[block if len(fusers) > 1 else 0])
 
     def fused_blocks(self) -> list[tuple[int, int]]:
         """(stage, block) of every block that scores, in the order of ``FusedFeatures.scores``."""
-        every = [(s, b) for s, stage in enumerate(self.backbone.stages) for b in range(len(stage.blocks))]
+        every = [(s, b) for s, stage in enumerate(self.backbone.parts()) for b in range(len(stage.blocks))]
         return [(s, b) for s, b in every if self.fuser_of(s, b).threshold is not None]
 
     def block_names(self) -> list[str]:
@@ -118,8 +120,10 @@ class FusedBackbone(nn.Module):
             present = present & there
         elif present is None:
             present = there
-        x, maps, scores = merge(images), [], []
-        for index, stage in enumerate(self.backbone.stages):
+        x = merge(images)
+        maps: list[Tensor] = []
+        scores: list[Tensor] = []
+        for index, stage in enumerate(self.backbone.parts()):
             tokens, grid = stage.embed(x)
             tokens = split(tokens, len(self.modalities))
             if index == 0 and present is not None:
@@ -132,7 +136,7 @@ class FusedBackbone(nn.Module):
     def _blocks(
         self, index: int, tokens: Tensor, grid: tuple[int, int], present: Tensor | None, scores: list[Tensor]
     ) -> Tensor:
-        stage = self.backbone.stages[index]
+        stage = self.backbone.parts()[index]
         ctx = Context(grid, present=present)
         position = None if self.position is None else self.position(grid, stage.dim)
         for b, block in enumerate(stage.blocks):
@@ -140,7 +144,7 @@ class FusedBackbone(nn.Module):
                 tokens = tokens + position  # the first layer learns the embedding ...
             else:
                 ctx.position = None if position is None else position.detach()  # ... later ones only repeat it
-            tokens, decided = self.fuser_of(index, b)(block, tokens, ctx)
+            tokens, decided = self.fuser_of(index, b)(cast("MiTBlock", block), tokens, ctx)
             if decided is not None:
                 scores.append(decided)
         return tokens

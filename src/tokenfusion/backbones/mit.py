@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -140,9 +141,7 @@ class MiT(nn.Module):
     reductions = (8, 4, 2, 1)
     smallest = 32
 
-    def __init__(
-        self, widths: Sequence[int], depths: Sequence[int], channels: int = 3, drop_path: float = 0.1
-    ) -> None:
+    def __init__(self, widths: Sequence[int], depths: Sequence[int], channels: int = 3, drop_path: float = 0.1) -> None:
         super().__init__()
         rates = torch.linspace(0, drop_path, sum(depths)).split(list(depths))
         inputs = (channels, *widths[:-1])
@@ -152,13 +151,17 @@ class MiT(nn.Module):
         )
         self.apply(_initialise)
 
+    def parts(self) -> list[Stage]:
+        """The stages, typed."""
+        return cast("list[Stage]", list(self.stages))
+
     @property
     def dims(self) -> list[int]:
-        return [int(stage.dim) for stage in self.stages]
+        return [stage.dim for stage in self.parts()]
 
     def forward(self, image: Tensor) -> list[Tensor]:
         maps = []
-        for stage in self.stages:
+        for stage in self.parts():
             tokens, grid = stage.embed(image)
             for block in stage.blocks:
                 tokens = block(tokens, grid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from tokenfusion.errors import UserError
 
 StateDict = dict[str, Tensor]
+UNREADABLE = (SafetensorError, OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
 
 
@@ -62,7 +64,7 @@ def read_checkpoint(path: str | Path) -> StateDict:
         raise UserError(f"{path}: no such checkpoint file")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, KeyError, ValueError, torch.serialization.pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable checkpoint, or one that holds more than tensors ({reason})") from None
     for key in ("segmenter", "state_dict", "model"):
@@ -141,7 +143,7 @@ _hf_segformer = _substitutes(  # transformers' SegformerModel, with or without i
 
 
 def from_segformer(source: StateDict) -> StateDict:
-    """Original ``mit_b*.pth`` (keys ``patch_embed1.proj.weight`` ...) to the names of :class:`~tokenfusion.backbones.mit.MiT`."""
+    """Original ``mit_b*.pth`` (keys ``patch_embed1.proj.weight`` ...) to MiT names."""
     return {_segformer(key): value for key, value in source.items() if not key.startswith("head.")}
 
 
@@ -180,7 +182,8 @@ _released = _substitutes(  # keys of a fused backbone in the released segmentati
 
 _released_head = {
     "linear_fuse.conv.weight": "head.fuse.weight",
-    **{f"linear_fuse.bn.{n}": f"head.norm.{n}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")},
+    **{f"linear_fuse.bn.{n}": f"head.norm.{n}" for n in ("weight", "bias")},
+    **{f"linear_fuse.bn.{n}": f"head.norm.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")},
     **{f"linear_c{i + 1}.proj.{n}": f"head.projections.{i}.{n}" for i in range(4) for n in ("weight", "bias")},
     **{f"linear_pred.{n}": f"head.classify.{n}" for n in ("weight", "bias")},
 }
@@ -222,7 +225,9 @@ def load_into(network: nn.Module, source: StateDict) -> LoadReport:
             continue
         value = source[origin]
         if value.shape != target.shape:
-            raise UserError(f"{origin}: the checkpoint has shape {tuple(value.shape)}, the network {tuple(target.shape)}")
+            raise UserError(
+                f"{origin}: the checkpoint has shape {tuple(value.shape)}, the network {tuple(target.shape)}"
+            )
         with torch.no_grad():
             target.copy_(value)
         used.add(origin)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,8 @@ class ScorePredictor(nn.Module):
                 nn.init.zeros_(module.bias)
         if init_bias is not None:
             for net in self.nets:
-                nn.init.constant_(net[-1].bias[:1], init_bias)
+                last = cast("nn.Linear", cast("nn.Sequential", net)[-1])
+                nn.init.constant_(last.bias[:1], init_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         logits = torch.cat([net(stream) for net, stream in zip(self.nets, x.unbind(0), strict=True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from tokenfusion.report.page import write_comparison, write_report
+from tokenfusion.report.compare import write_comparison
+from tokenfusion.report.page import write_report
 
 __all__ = ["write_comparison", "write_report"]

@@ -34,16 +34,11 @@ class MetricsLog:
 
     def keep_until(self, step: int) -> None:
         """Drop the lines after ``step``, and a last one that was cut off: a run that goes on writes them anew."""
-        kept = []
-        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + b"\n")
-            except (ValueError, KeyError, TypeError):
-                continue
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
-            temporary.write_bytes(b"".join(kept))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+            temporary.write_bytes(b"".join(line + b"\n" for line in lines if _step(line) <= step))
             os.replace(temporary, self.path)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}): choose another --out") from None
@@ -56,6 +51,13 @@ class MetricsLog:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}): free space and start again") from None
+
+
+def _step(line: bytes) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return NEVER
 
 
 def jsonable(values: Mapping[str, float]) -> dict[str, float | None]:

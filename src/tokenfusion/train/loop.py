@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ def fit(
     seed: int = 0,
     evaluate: Evaluate | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
-    progress: str = "auto",
+    progress: Literal["auto", "plain", "silent"] = "auto",
 ) -> FitResult:
     """Train a task; where ``run_dir`` holds checkpoints, go on from the newest whole one.
 
@@ -168,7 +168,6 @@ class _Run:
         if folder is not None:
             self._load(found or read(folder))
         if self.engine.is_first:
-            self.log.path.parent.mkdir(parents=True, exist_ok=True)
             self.log.keep_until(self.step)
 
     def _due(self, every: int) -> bool:
@@ -182,9 +181,9 @@ class _Run:
             values |= dict(zip(names, means.tolist(), strict=True))
         self.window.clear()
         values["lr"] = lr
-        display.losses(self.step, values)
         if self.engine.is_first:
             self.log.write(self.step, "train", self.seconds, values)
+        display.losses(self.step, values)
 
     def _validate(self, display: Display) -> None:
         self.window.means()  # a loss that is not finite ends the run before it is judged
@@ -196,9 +195,9 @@ class _Run:
         self.metrics = self.engine.from_first({name: float(value) for name, value in figures.items()})
         if not self.metrics:
             return
-        display.figures(self.step, self.metrics, [self.task.monitor])
         if self.engine.is_first:
             self.log.write(self.step, "val", self.seconds, self.metrics)
+        display.figures(self.step, self.metrics, [self.task.monitor])
         if self._is_best():
             self.best = self.metrics[self.task.monitor]
             if self.engine.is_first:
@@ -258,12 +257,14 @@ class _Run:
         except RuntimeError as error:
             raise UserError(f"{source}: not of this model ({' '.join(str(error).split())[:200]}): start anew") from None
         self.optimizers.load_tensors(checkpoint.optimizer, source)
-        self.step, self.best = state["step"], state["best"]
-        self.metrics = {name: float("nan") if v is None else v for name, v in state["metrics"].items()}
-        self.seconds_before = state["seconds"]
-        self.window = Window(self.engine, state["window"])
-        self.engine.scaler.load_state_dict(state["scaler"])
-        if self.engine.is_first:
+        # a converted checkpoint says its step (0) and no more
+        self.step, self.best = state["step"], state.get("best")
+        self.metrics = {name: float("nan") if v is None else v for name, v in state.get("metrics", {}).items()}
+        self.seconds_before = state.get("seconds", 0.0)
+        self.window = Window(self.engine, state.get("window"))
+        if state.get("scaler"):
+            self.engine.scaler.load_state_dict(state["scaler"])
+        if self.engine.is_first and "settings" in state:
             self._warn_of_changes(state)
 
     def _warn_of_changes(self, state: Mapping[str, Any]) -> None:

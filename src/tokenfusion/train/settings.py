@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tokenfusion.errors import UserError, nearest
-
-Betas = Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists, not tuples
 
 # these change where, how fast or how talkatively a run goes, not what it computes
 WITHOUT_EFFECT_ON_WEIGHTS = {
@@ -41,7 +39,7 @@ class TrainSettings(_Strict):
     lr: float | None = Field(None, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     optimizer: Literal["adamw", "adam"] = "adamw"
-    betas: Betas = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float | None = Field(None, gt=0)  # of the gradient of all parameters of a phase together
 
     schedule: Literal["poly", "constant"] = "poly"
@@ -67,17 +65,36 @@ class TrainSettings(_Strict):
     def _number_as_word(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) else value  # train.precision=32 on the command line is a number
 
-    @field_validator("devices")
+    @field_validator("devices", mode="before")
     @classmethod
-    def _one_at_least(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("wanted 1 or more devices, or auto")
+    def _count_or_auto(cls, value: Any) -> Any:
+        if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError("wanted a number of devices, or auto")
         return value
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _pair(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple) or len(value) != 2:
+            raise ValueError("wanted two numbers, for example [0.9, 0.999]")
+        return tuple(value)  # YAML has lists only
+
+    @field_validator("restarts", mode="before")
+    @classmethod
+    def _rates_or_stages(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        parts = list(value) if isinstance(value, list | tuple) else []
+        rates = [isinstance(part, float | int) for part in parts]
+        stages = [
+            isinstance(part, Restart) or (isinstance(part, dict) and set(part) == {"steps", "lr"}) for part in parts
+        ]
+        if not parts or not (all(rates) or all(stages)):
+            raise ValueError("wanted a list of learning rates, or of {steps, lr}")
+        return parts
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
-        if self.restarts == []:
-            raise ValueError("restarts is empty; give lr instead")
         if (self.lr is None) == (self.restarts is None):
             came = "both lr and restarts are given" if self.lr is not None else "neither lr nor restarts is given"
             raise ValueError(f"{came}; exactly one is wanted (set the other to null)")
@@ -101,10 +118,9 @@ def train_settings(values: Mapping[str, Any], source: str = "train") -> TrainSet
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise UserError(f"{source}: unknown key {key!r}; {_nearest(first['loc'])}") from None
+            raise UserError(f"{source}: unknown key {key!r}; {nearest(key, TrainSettings.model_fields)}") from None
         if first["type"] == "missing":
             raise UserError(f"{source}: key {key!r} is missing") from None
         message = first["msg"].removeprefix("Value error, ")
-        raise UserError(
-            f"{source}: {key}: {message}, got {first['input']!r}" if key else f"{source}: {message}"
-        ) from None
+        came = f", got {first['input']!r}" if key else ""
+        raise UserError(f"{source}{'.' * bool(key)}{key}: {message}{came}") from None

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenfusion.data.furniture import CLASSES
 from tokenfusion.data.prepare.archive import Staging, track
-from tokenfusion.data.rooms import CLASSES, Room, render
+from tokenfusion.data.rooms import Room, render
 from tokenfusion.errors import UserError
 
 FRAMES_PER_SEED = 1_000_000  # frame i of data set s is room s * FRAMES_PER_SEED + i: no two data sets share a room
@@ -74,7 +75,7 @@ def _description() -> dict[str, Any]:
         "name": "rooms",
         "modalities": {
             "rgb": {"kind": "rgb", "files": "rgb/{id}.png"},
-            "depth": {"kind": "depth", "files": "depth/{id}.png", "scale": 0.001},
+            "depth": {"kind": "depth", "files": "depth/{id}.png", "scale": 0.001, "mean": 3.5, "std": 0.85},
             **{name: {"kind": kind, "files": f"{name}/{{id}}.png"} for name, kind in kinds.items()},
         },
         "target": {"kind": "label", "files": "label/{id}.png", "ignore": 255, "offset": 0},

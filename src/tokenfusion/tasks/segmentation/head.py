@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,11 +34,12 @@ class SegFormerHead(nn.Module):
         self.classify = nn.Conv2d(width, classes, 1)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        slices = self.fuse.weight.chunk(len(maps), dim=1)[::-1]  # the concatenation runs from the last stage to the first
+        # the concatenation runs from the last stage to the first
+        slices = self.fuse.weight.chunk(len(maps), dim=1)[::-1]
         fused: Tensor | None = None
         for x, projection, part in zip(maps, self.projections, slices, strict=True):
-            weight, bias = part @ projection.weight, part @ projection.bias
-            x = F.conv2d(x, weight[..., None, None], bias)
+            linear = cast("nn.Linear", projection)
+            x = F.conv2d(x, (part @ linear.weight)[..., None, None], part @ linear.bias)
             if fused is None:
                 fused = x
             else:

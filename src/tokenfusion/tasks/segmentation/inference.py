@@ -116,7 +116,9 @@ def evaluate(
             confusion[name] += confusion_matrix(frame.target, prediction.cpu(), classes)
         for block, rates in model.backbone.rates(seen.scores).items():
             so_far = totals.get(block)
-            totals[block] = rates if so_far is None else ExchangeRates(*(a + b for a, b in zip(so_far, rates, strict=True)))
+            totals[block] = (
+                rates if so_far is None else ExchangeRates(*(a + b for a, b in zip(so_far, rates, strict=True)))
+            )
     model.train(was_training)
     count = max(len(indices), 1)
     means = {block: ExchangeRates(*(x.cpu() / count for x in rates)) for block, rates in totals.items()}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-
 from PIL import Image
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from tokenfusion.data.modality import ModalitySpec, picture, prepare_inputs, rea
 from tokenfusion.errors import UserError, nearest
 from tokenfusion.tasks.segmentation.inference import Evaluation, Inference, infer
 from tokenfusion.tasks.segmentation.model import FusedSegmenter
-from tokenfusion.tasks.segmentation.samples import score_maps
+from tokenfusion.tasks.segmentation.samples import save_npz, score_maps
 
 
 class Predictor:
@@ -89,21 +88,16 @@ class Predictor:
         if scores:
             paths.append(out / f"{name}_scores.npz")
             threshold = np.float32(self.model.backbone.threshold or 0.0)
-            with_names = {"modalities": np.array(self.model.modalities), "threshold": threshold, **scores}
-            _whole(paths[2], lambda part: _save_npz(part, with_names))
+            names = np.array(self.model.modalities)
+            _whole(paths[2], lambda part: save_npz(part, {"modalities": names, "threshold": threshold, **scores}))
         return paths
 
 
-def _save_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-
-
-def _whole(path: Path, write: object) -> None:
+def _whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write to a temporary name, then rename: a reader never meets half a file."""
     part = path.with_name(f".{path.name}.partial")
     try:
-        write(part)  # type: ignore[operator]
+        write(part)
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)

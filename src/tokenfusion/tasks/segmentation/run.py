@@ -14,7 +14,8 @@ import yaml
 from tokenfusion.data.augment import collate
 from tokenfusion.data.folder import DatasetSpec, Folder
 from tokenfusion.errors import UserError
-from tokenfusion.tasks.segmentation.inference import MULTI_SCALE, Evaluation, Result, evaluate as evaluate_frames
+from tokenfusion.tasks.segmentation.inference import MULTI_SCALE, Evaluation, Result
+from tokenfusion.tasks.segmentation.inference import evaluate as evaluate_frames
 from tokenfusion.tasks.segmentation.metrics import segmentation_scores
 from tokenfusion.tasks.segmentation.model import FusedSegmenter
 from tokenfusion.tasks.segmentation.predict import Predictor
@@ -84,7 +85,10 @@ def _settle(recipe: SegmentationRecipe, dataset: DatasetSpec, out: Path) -> None
             raise UserError(f"{out}: holds a run of another recipe (different: {keys}); choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, content in (("recipe.yaml", new), ("dataset.yaml", dataset.model_dump(mode="json", exclude_unset=True))):
+        for name, content in (
+            ("recipe.yaml", new),
+            ("dataset.yaml", dataset.model_dump(mode="json", exclude_unset=True)),
+        ):
             part = out / f".{name}.partial"
             part.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
             os.replace(part, out / name)
@@ -105,11 +109,15 @@ def load(
     """The trained model in eval mode, the data set's description and the checkpoint's state."""
     dataset = _dataset(run)
     model = build_model(recipe, len(dataset.classes), trust)
-    tensors, state = load_model(run, checkpoint)
+    if checkpoint not in ("last", "best"):
+        raise UserError(f"--checkpoint is {checkpoint!r}; wanted last or best")
+    tensors, state = load_model(run, "best" if checkpoint == "best" else "last")
     try:
         model.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items()})
     except RuntimeError as error:
-        raise UserError(f"{run}: the checkpoint does not fit recipe.yaml ({str(error).splitlines()[1].strip()})") from None
+        raise UserError(
+            f"{run}: the checkpoint does not fit recipe.yaml ({str(error).splitlines()[1].strip()})"
+        ) from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), dataset, state
 
@@ -139,8 +147,13 @@ def _dataset(run: Path) -> DatasetSpec:
 
 
 def evaluate(
-    run: Path, recipe: SegmentationRecipe, data: str | Path | None, split: str | None, multi_scale: bool,
-    checkpoint: str = "last", trust: bool = False,
+    run: Path,
+    recipe: SegmentationRecipe,
+    data: str | Path | None,
+    split: str | None,
+    multi_scale: bool,
+    checkpoint: str = "last",
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Judge a run on a split and write ``metrics.json``."""
     model, dataset, state = load(run, recipe, checkpoint, trust)
@@ -183,8 +196,14 @@ def _by_modality(model: FusedSegmenter, result: Result, which: int) -> dict[str,
 
 
 def predict(
-    run: Path, recipe: SegmentationRecipe, out: Path, files: Mapping[str, str | Path] | None,
-    data: str | Path | None, split: str | None, checkpoint: str = "last", trust: bool = False,
+    run: Path,
+    recipe: SegmentationRecipe,
+    out: Path,
+    files: Mapping[str, str | Path] | None,
+    data: str | Path | None,
+    split: str | None,
+    checkpoint: str = "last",
+    trust: bool = False,
 ) -> list[Path]:
     """Predict on single files or a data set folder; returns the written files."""
     if (files is None) == (data is None):

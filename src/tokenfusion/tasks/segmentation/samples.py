@@ -50,7 +50,7 @@ def write_samples(model: FusedSegmenter, frames: Frames, protocol: Evaluation, o
         image = next(iter(frame.inputs.values())).shape[-2:]
         maps = score_maps(model.backbone, seen.scores, (int(image[0]), int(image[1])))
         arrays |= {f"scores/{name}": values for name, values in maps.items()}
-        _save(out / f"{frame.id.replace('/', '_')}.npz", arrays)
+        save_npz(out / f"{frame.id.replace('/', '_')}.npz", arrays)
     model.train(was_training)
     classes = [{"name": n, "color": c.tolist()} for n, c in zip(folder.classes, folder.palette, strict=True)]
     index_file = {
@@ -67,7 +67,8 @@ def write_samples(model: FusedSegmenter, frames: Frames, protocol: Evaluation, o
     os.replace(temporary, out / "index.json")
 
 
-def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def save_npz(path: Path, arrays: Mapping[str, np.ndarray | np.generic]) -> None:
+    """Compressed, under exactly this name, whole or not at all."""
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ class DataSettings(Section):
     modalities: tuple[str, ...] = Field(("rgb", "depth"), min_length=1)
     train: str = "train"  # names of splits
     val: str = "val"
-    resize: tuple[int, int] | None = None  # (height, width) of the inputs in training and evaluation; labels keep their size
+    resize: tuple[int, int] | None = None  # (height, width) of the inputs; labels keep their size in evaluation
     crop: tuple[int, int] | None = None  # training crop, padded where the image is smaller
     scale: tuple[float, float] = (0.5, 2.0)  # random scale
     shorter: int = 1  # the random scale never makes the shorter side smaller than this

@@ -1,0 +1,111 @@
+"""Who may import whom, read from the source; and heavy libraries stay out of ``import tokenfusion``."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src" / "tokenfusion"
+FILES = sorted(SRC.rglob("*.py"))
+EVERYTHING = {path.name for path in SRC.iterdir() if path.is_dir()} | {path.stem for path in SRC.glob("*.py")}
+ROOMS: dict[str, set[str]] = {
+    **dict.fromkeys(("errors", "components", "fusion", "data", "train", "report", "recipes"), set()),
+    "backbones": {"fusion"},
+    "tasks": {"fusion", "backbones", "data", "train"},
+    "api": {"tasks", "train", "backbones", "fusion", "data"},
+    **dict.fromkeys(("recipe", "export", "bench", "study"), {"api", "recipe", "components"}),
+    "convert": {"api", "recipe", "backbones", "data"},
+    "cli": EVERYTHING,
+    "__init__": EVERYTHING,
+    "__main__": {"cli"},
+}
+HEAVY = {"transformers", "timm", "onnx", "onnxruntime", "matplotlib", "scipy", "h5py"}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every imported name with its dots, inside functions as well: ``from a import b`` counts as a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def room(path: Path) -> tuple[str, ...]:
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return parts[:2] if parts[0] == "tasks" else parts[:1]
+
+
+def allowed(path: Path, name: str) -> bool:
+    own, parts = room(path), tuple(name.split(".")[1:])
+    if parts[0] not in EVERYTHING or parts[0] == "errors":  # a name of the package itself, or the errors of everyone
+        return own[0] in ("cli", "__init__") or parts[0] == "errors"
+    same_task = len(own) == 1 or parts[1:2] == own[1:2] or not (SRC / "tasks" / parts[1]).is_dir()
+    return (parts[0] == own[0] and same_task) or (parts[0] != own[0] and parts[0] in ROOMS[own[0]])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_rooms_import_what_the_table_allows(path: Path) -> None:
+    assert room(path)[0] in ROOMS, "a new room: give it a line in the table"
+    ours = [name for name in imports(ast.parse(path.read_text())) if name.split(".")[0] == "tokenfusion"]
+    assert not [name for name in ours if not allowed(path, name)]
+
+
+@pytest.mark.parametrize("path", sorted((SRC / "fusion").glob("*.py")), ids=lambda path: path.name)
+def test_the_paper_needs_torch_alone(path: Path) -> None:
+    roots = {name.split(".")[0] for name in imports(ast.parse(path.read_text()))}
+    assert roots <= {"torch", "tokenfusion"} | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_heavy_libraries_are_imported_inside_functions(path: Path) -> None:
+    """``if TYPE_CHECKING`` may name them; module level otherwise may not."""
+
+    class TopLevel(ast.NodeTransformer):
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+            return None
+
+        def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
+            return None
+
+        def visit_If(self, node: ast.If) -> ast.AST | None:
+            return None if ast.unparse(node.test).endswith("TYPE_CHECKING") else self.generic_visit(node)
+
+    roots = {name.split(".")[0] for name in imports(TopLevel().visit(ast.parse(path.read_text())))}
+    assert not roots & HEAVY
+
+
+def test_each_heavy_library_lives_in_one_file() -> None:
+    """Named in an import or asked for by ``require("library.module", ...)``."""
+    homes: dict[str, set[str]] = {}
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        names = [
+            *imports(tree),
+            *(
+                node.args[0].value
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Call)
+                and ast.unparse(node.func).endswith("require")
+                and node.args
+                and isinstance(node.args[0], ast.Constant)
+            ),
+        ]
+        for name in names:
+            if name.split(".")[0] in HEAVY:
+                homes.setdefault(name.split(".")[0], set()).add(str(path.relative_to(SRC)))
+    assert not {library: files for library, files in homes.items() if len(files) > 1}
+
+
+def test_the_package_imports_without_any_heavy_library() -> None:
+    code = "import sys, tokenfusion; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    loaded = set(done.stdout.split())
+    assert "tokenfusion" in loaded
+    assert not loaded & HEAVY
