@@ -71,7 +71,9 @@ def _small_mit(depths: tuple[int, ...] = (1, 2, 1, 1), drop_path: float = 0.1) -
     return MiT((8, 16, 20, 32), depths, drop_path=drop_path)
 
 
-def _small_segmenter(fuser: Callable[..., nn.Module], modalities: int = 2, classes: int = 5, **options: object) -> FusedSegmenter:
+def _small_segmenter(
+    fuser: Callable[..., nn.Module], modalities: int = 2, classes: int = 5, **options: object
+) -> FusedSegmenter:
     from tokenfusion.backbones.fused import FusedBackbone
     from tokenfusion.tasks.segmentation.head import SegFormerHead
     from tokenfusion.tasks.segmentation.model import FusedSegmenter

@@ -70,7 +70,9 @@ class Case:
             checksum = zlib.crc32(array.tobytes(), checksum)
         if checksum != self.case["weights_crc32"]:  # the last bit of exp() may differ; another random stream may not
             probe = fill("selftest.weight", [2, 3]).ravel()[:3]
-            np.testing.assert_allclose(probe, [-0.65122944, -0.08827851, 0.32449263], rtol=1e-5, err_msg="numpy's stream")
+            np.testing.assert_allclose(
+                probe, [-0.65122944, -0.08827851, 0.32449263], rtol=1e-5, err_msg="numpy's stream"
+            )
         return {key: torch.from_numpy(array) for key, array in arrays.items()}
 
     def input(self, name: str) -> Tensor:

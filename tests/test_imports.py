@@ -14,11 +14,11 @@ SRC = Path(__file__).parents[1] / "src" / "tokenfusion"
 FILES = sorted(SRC.rglob("*.py"))
 EVERYTHING = {path.name for path in SRC.iterdir() if path.is_dir()} | {path.stem for path in SRC.glob("*.py")}
 ROOMS: dict[str, set[str]] = {
-    **dict.fromkeys(("errors", "components", "fusion", "data", "train", "report", "recipes"), set()),
+    **{name: set() for name in ("errors", "components", "fusion", "data", "train", "report", "recipes")},
     "backbones": {"fusion"},
-    "tasks": {"fusion", "backbones", "data", "train"},
+    "tasks": {"fusion", "backbones", "data", "train", "components"},
     "api": {"tasks", "train", "backbones", "fusion", "data"},
-    **dict.fromkeys(("recipe", "export", "bench", "study"), {"api", "recipe", "components"}),
+    **{name: {"api", "recipe", "components"} for name in ("recipe", "export", "bench", "study")},
     "convert": {"api", "recipe", "backbones", "data"},
     "cli": EVERYTHING,
     "__init__": EVERYTHING,

@@ -231,13 +231,14 @@ def study(
     recipe: Annotated[str, typer.Option(help="Recipe that all runs share.")] = "toy-segmentation",
     seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = 1,
     out: Annotated[Path, typer.Option(help="Folder for runs, table and page.")] = Path("study"),
+    jobs: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1,
 ) -> None:
     """Compare fusers at the same budget; runs that are done are not repeated."""
     from tokenfusion.study import STUDIES
 
     if name not in STUDIES:
         raise UserError(f"no study named {name!r}; known: {', '.join(STUDIES)}")
-    typer.echo(STUDIES[name](recipe, overrides or [], seeds, out))
+    typer.echo(STUDIES[name](recipe, overrides or [], seeds, out, jobs))
 
 
 @app.command()

@@ -30,7 +30,9 @@ TRACED = sorted(set(FUSERS) - {"started", "everything"})  # those two trace as "
 SCORING = {"released", "paper", "everything", "started"}
 CASES = [
     pytest.param(*case, id="-".join(map(str, case)))
-    for case in itertools.product(sorted(FUSERS), (1, 2, 3, 4), ("plain", "aligned"), ("every", "last"), ("stage", "block"))
+    for case in itertools.product(
+        sorted(FUSERS), (1, 2, 3, 4), ("plain", "aligned"), ("every", "last"), ("stage", "block")
+    )
 ]
 
 
@@ -55,7 +57,7 @@ def test_contract(
         assert value.isfinite().all()
     tokens = {"every": [384, 96, 96, 24, 6], "last": [384, 96, 24, 6]}[placement] if fuser in SCORING else []
     assert [tuple(s.shape) for s in output.scores] == [(modalities, 2, n) for n in tokens]
-    assert all(0 <= s.min() and s.max() <= 1 for s in output.scores)
+    assert all(s.min() >= 0 and s.max() <= 1 for s in output.scores)
     assert len(model.backbone.block_names()) == len(output.scores)
 
     again = model(x)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tokenfusion.backbones.mit import DEPTHS, Attention, MiT, MixMLP, PatchEmbedding, mit, to_map, to_tokens
 
-# parameters in millions, without a classifier, by the closed form below; published (rounded, encoder): 3.4 13.1 24.2 44.0 60.8 81.4
+# millions of parameters without a classifier; the paper prints 3.4 13.1 24.2 44.0 60.8 81.4
 MILLIONS = {"b0": 3.3, "b1": 13.2, "b2": 24.2, "b3": 44.1, "b4": 60.8, "b5": 81.4}
 
 
@@ -154,7 +154,9 @@ def test_gradients_reach_every_parameter(small_mit, shake) -> None:
 
 
 @pytest.mark.parametrize(
-    ("widths", "depths"), [((32, 64, 160, 256), (2, 2, 2, 2)), ((64, 128, 320, 512), (1, 2, 1, 1))], ids=["b0", "b2-like"]
+    ("widths", "depths"),
+    [((32, 64, 160, 256), (2, 2, 2, 2)), ((64, 128, 320, 512), (1, 2, 1, 1))],
+    ids=["b0", "b2-like"],
 )
 def test_equals_transformers(shake, tmp_path, widths: tuple[int, ...], depths: tuple[int, ...]) -> None:
     """On any image size. Its layers have the norms' epsilon at 1e-5, ours (and its configuration) at 1e-6."""

@@ -129,7 +129,9 @@ def test_every_truncation_is_a_users_message(tmp_path: Path, name: str) -> None:
         message(path)
 
 
-@pytest.mark.parametrize("content", [b"hello world\n" * 9, b"\x80\x02}q\x00.", b"PK\x03\x04 no archive", bytes(range(256)) * 4])
+@pytest.mark.parametrize(
+    "content", [b"hello world\n" * 9, b"\x80\x02}q\x00.", b"PK\x03\x04 no archive", bytes(range(256)) * 4]
+)
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
 def test_other_files_are_a_users_message(tmp_path: Path, content: bytes, name: str) -> None:
     (tmp_path / name).write_bytes(content)
@@ -171,7 +173,9 @@ def test_fetch_takes_what_the_hub_has(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_fetch_without_a_hub_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     _hub(monkeypatch, {})
-    with pytest.raises(UserError, match=r"^someone/mit-b2: could not be fetched .*404 for model.safetensors.*local path$"):
+    with pytest.raises(
+        UserError, match=r"^someone/mit-b2: could not be fetched .*404 for model.safetensors.*local path$"
+    ):
         fetch("someone/mit-b2")
 
 
@@ -203,9 +207,12 @@ def to_original(name: str) -> str:
 def test_original_mit_files(small_mit, shake, tmp_path: Path) -> None:
     source, mine = shake(small_mit()).eval(), small_mit().eval()
     original = {to_original(name): value for name, value in source.state_dict().items()}
-    assert {"patch_embed1.proj.weight", "block2.1.attn.kv.bias", "block1.0.mlp.dwconv.dwconv.weight", "norm4.bias"} <= set(
-        original
-    )
+    assert {
+        "patch_embed1.proj.weight",
+        "block2.1.attn.kv.bias",
+        "block1.0.mlp.dwconv.dwconv.weight",
+        "norm4.bias",
+    } <= set(original)
     torch.save({**original, "head.weight": torch.ones(9, 32), "head.bias": torch.ones(9)}, tmp_path / "mit_b0.pth")
     mapped = from_mit(read_checkpoint(tmp_path / "mit_b0.pth"))
     assert mapped.keys() == from_segformer(original).keys()

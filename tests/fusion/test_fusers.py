@@ -47,10 +47,14 @@ def token_fusion(shake, modalities: int, **options: object) -> TokenFusion:
 
 
 def literal_scores(fuser: TokenFusion, x: Tensor) -> list[list[Tensor]]:
-    return [[net(sample).softmax(-1)[:, 0] for sample in stream] for net, stream in zip(fuser.score.nets, x, strict=True)]
+    return [
+        [net(sample).softmax(-1)[:, 0] for sample in stream] for net, stream in zip(fuser.score.nets, x, strict=True)
+    ]
 
 
-def literal_exchange(values: list[list[Tensor]], scores: list[list[Tensor]], theta: float, allotted: Tensor) -> list[list[Tensor]]:
+def literal_exchange(
+    values: list[list[Tensor]], scores: list[list[Tensor]], theta: float, allotted: Tensor
+) -> list[list[Tensor]]:
     """Eq. 7, term by term: ``e_m * I[s >= theta] + sum over m' != m of a_m'(m) * e_m' * I[s < theta]``."""
     result = []
     for m in range(len(values)):
@@ -279,7 +283,9 @@ class Pointwise(nn.Module):
 @pytest.mark.parametrize("rule", ["released", "paper"])
 @pytest.mark.parametrize("modalities", [2, 3])
 @pytest.mark.parametrize("threshold", [0.5, 1.0])
-def test_prefix_tokens_are_never_scored_weighed_or_exchanged(shake, rule: str, modalities: int, threshold: float) -> None:
+def test_prefix_tokens_are_never_scored_weighed_or_exchanged(
+    shake, rule: str, modalities: int, threshold: float
+) -> None:
     x = streams(modalities, tokens=18)
     fuser = token_fusion(shake, modalities, rule=rule, threshold=threshold)
     y, scores = fuser(Pointwise(), x, Context(GRID, prefix=2))
@@ -328,7 +334,7 @@ def test_position_is_added_after_the_exchange_in_the_papers_rule(block_of) -> No
     fuser = TokenFusion(C, 2, rule="paper", threshold=0.5).double()
     fuser.score = Held(torch.tensor([0.1, 0.8], dtype=torch.float64).view(2, 1, 1))
     position = torch.randn(16, C, dtype=torch.float64)
-    y, scores = fuser(block, x, Context(GRID, position=position))
+    y, _ = fuser(block, x, Context(GRID, position=position))
     everything_depth = torch.stack([x[1] + position, x[1] + position])
     fuser.score = Held(torch.tensor([0.8, 0.8], dtype=torch.float64).view(2, 1, 1))
     torch.testing.assert_close(y, fuser(block, everything_depth, Context(GRID))[0], rtol=1e-10, atol=1e-12)

@@ -40,11 +40,16 @@ def head(shake) -> SegFormerHead:
 def maps() -> list[Tensor]:
     """Of an image of 69 x 101: no size is a multiple of the next."""
     sizes = [(18, 26), (9, 13), (5, 7), (3, 4)]
-    return [torch.randn(2, dim, *size, dtype=torch.float64, requires_grad=True) for dim, size in zip(DIMS, sizes, strict=True)]
+    return [
+        torch.randn(2, dim, *size, dtype=torch.float64, requires_grad=True)
+        for dim, size in zip(DIMS, sizes, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_equals_the_literal_formulation_in_value_and_gradient(head: SegFormerHead, maps: list[Tensor], training: bool) -> None:
+def test_equals_the_literal_formulation_in_value_and_gradient(
+    head: SegFormerHead, maps: list[Tensor], training: bool
+) -> None:
     head.train(training)
     expected, mine = literal(head, maps), head(maps)
     assert mine.shape == (2, 5, 18, 26)
@@ -52,7 +57,9 @@ def test_equals_the_literal_formulation_in_value_and_gradient(head: SegFormerHea
     probe = torch.randn_like(mine)
     wanted = (*maps, *head.parameters())
     for a, b in zip(
-        torch.autograd.grad((mine * probe).sum(), wanted), torch.autograd.grad((expected * probe).sum(), wanted), strict=True
+        torch.autograd.grad((mine * probe).sum(), wanted),
+        torch.autograd.grad((expected * probe).sum(), wanted),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
 

@@ -15,7 +15,9 @@ def plain(logits: Tensor, target: Tensor, ignore: int = 255) -> Tensor:
     return F.cross_entropy(full, target, ignore_index=ignore)
 
 
-def case(batch: int = 3, classes: int = 5, small: tuple[int, int] = (6, 8), size: tuple[int, int] = (24, 32)) -> tuple[Tensor, Tensor]:
+def case(
+    batch: int = 3, classes: int = 5, small: tuple[int, int] = (6, 8), size: tuple[int, int] = (24, 32)
+) -> tuple[Tensor, Tensor]:
     logits = (3 * torch.randn(batch, classes, *small, dtype=torch.float64)).requires_grad_()
     target = torch.randint(0, classes, (batch, *size))
     target[torch.rand(target.shape) < 0.3] = 255
@@ -50,7 +52,9 @@ def test_several_losses_on_the_same_logits_add_up() -> None:
     other = target.roll(1, 0)
     total = upsampled_cross_entropy(logits, target) + 2 * upsampled_cross_entropy(logits, other)
     expected = plain(logits, target) + 2 * plain(logits, other)
-    torch.testing.assert_close(torch.autograd.grad(total, logits), torch.autograd.grad(expected, logits), rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(
+        torch.autograd.grad(total, logits), torch.autograd.grad(expected, logits), rtol=1e-11, atol=1e-14
+    )
 
 
 def test_without_any_label_it_is_zero_with_a_zero_gradient() -> None:
@@ -64,7 +68,9 @@ def test_without_any_label_it_is_zero_with_a_zero_gradient() -> None:
 def test_another_ignored_value() -> None:
     logits, target = case()
     target[target == 255] = 0
-    torch.testing.assert_close(upsampled_cross_entropy(logits, target, ignore=0), plain(logits, target, 0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        upsampled_cross_entropy(logits, target, ignore=0), plain(logits, target, 0), rtol=1e-12, atol=0
+    )
 
 
 def test_a_label_out_of_range_is_an_error() -> None:
