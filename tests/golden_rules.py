@@ -1,8 +1,8 @@
 """Golden cases: deterministic weights and inputs by rule, and the numbers of the published reference implementation.
 
-Nothing of a network is stored: every tensor follows from its key in the reference's state dict, every input from its tag.
-A case folder under ``tests/golden`` holds ``case.json`` (settings, tolerances, float64 means), ``keys.json`` (reference key ->
-shape, dtype), ``outputs.npz`` and ``grads.json`` (gradient norms).
+Nothing of a network is stored: every tensor follows from its key in the reference's state dict, every input from its
+tag. A case folder under ``tests/golden`` holds ``case.json`` (settings, tolerances, float64 means), ``keys.json``
+(reference key -> shape, dtype), ``outputs.npz`` and ``grads.json`` (gradient norms).
 """
 
 from __future__ import annotations

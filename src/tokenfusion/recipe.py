@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from tokenfusion.api import TASKS, Recipe, task_package
-from tokenfusion.components import TARGET
+from tokenfusion.components import TARGET, maker
 from tokenfusion.errors import UserError, nearest
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -84,11 +84,19 @@ def validate(content: Mapping[str, Any], source: str) -> Recipe:
     if task not in TASKS:
         raise UserError(f"{source}: task is {task!r}; {nearest(str(task), TASKS)}")
     content["fuser"] = _fuser(content.get("fuser"), source)
-    schema: type[BaseModel] = task_package(task).Recipe
+    package = task_package(task)
+    schema: type[BaseModel] = package.Recipe
     try:
-        return schema.model_validate(content)  # type: ignore[return-value]
+        recipe = schema.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{source}: {_one_line(error, schema)}") from None
+    for key, given in package.COMPONENTS.items():
+        spec: Any = recipe
+        for part in key.split("."):
+            spec = getattr(spec, part)
+        if str(spec.get(TARGET, "tokenfusion.")).startswith("tokenfusion."):  # others wait for --trust
+            maker(spec, f"{source}: {key}", given)
+    return recipe  # type: ignore[return-value]
 
 
 def _fuser(value: Any, source: str) -> Any:

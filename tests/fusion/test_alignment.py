@@ -1,4 +1,4 @@
-"""The position embedding of residual positional alignment; its way through the layers: tests/backbones/test_fused.py."""
+"""The position embedding of residual alignment; its way through the layers: tests/backbones/test_fused.py."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def test_window_goes_on_from_its_state() -> None:
 
 def test_window_names_the_first_bad_step_and_its_terms() -> None:
     window = Window(Engine(accelerator="cpu"))
-    for step, (a, b) in enumerate([(1.0, 1.0), (1.0, math.inf), (math.nan, 1.0)], 1):
+    for step, (a, b) in enumerate([(1.0, 1.0), (1.0, math.inf), (math.nan, math.inf)], 1):
         window.add(step, {"a": torch.tensor(a), "b": torch.tensor(b)})
     with pytest.raises(UserError, match=r"step 2: the loss is not finite \(b\)"):
         window.means()

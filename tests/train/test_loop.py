@@ -107,20 +107,14 @@ def test_losses_in_the_log_are_means_since_the_last_line(tmp_path: Path) -> None
 
 
 def test_best_checkpoint_is_the_best_one(tmp_path: Path) -> None:
-    figures = iter([3.0, 1.0, math.nan])
-    result = fit(
-        Regression(),
-        Samples(),
-        tmp_path,
-        settings(),
-        progress="silent",
-        evaluate=lambda _: {"val/error": next(figures)},
-    )
+    figures = iter([{"val/error": value} for value in (math.nan, 1.0, 3.0, math.nan)])
+    train = settings(eval_every=3)
+    result = fit(Regression(), Samples(), tmp_path, train, progress="silent", evaluate=lambda _: next(figures))
     state = load_model(tmp_path, "best")[1]
-    assert (state["step"], state["best"], result.best) == (8, 1.0, 1.0)
+    assert (state["step"], state["best"], result.best) == (6, 1.0, 1.0)
     assert load_model(tmp_path)[1]["step"] == 12
     assert lines(tmp_path, "val")[-1]["val/error"] is None
-    again = fit(Regression(), Samples(), tmp_path, settings(), progress="silent")
+    again = fit(Regression(), Samples(), tmp_path, train, progress="silent")
     assert math.isnan(again.metrics["val/error"])
 
 
@@ -205,7 +199,14 @@ def test_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp_path: Path, wh
 
     message = r"step 8: the loss is not finite \(loss/size, loss/total" if where == "loss" else "step 10: the weights"
     with pytest.raises(UserError, match=message):
-        fit(Bad(), Samples(), tmp_path, settings(log_every=50, eval_every=0), progress="silent")
+        fit(
+            Bad(),
+            Samples(),
+            tmp_path,
+            settings(log_every=50, eval_every=8 if where == "loss" else 0),
+            progress="silent",
+        )
+    assert lines(tmp_path, "val") == []
     found = Checkpoints(tmp_path).newest()
     assert found is not None
     assert found.state["step"] == 5

@@ -18,8 +18,7 @@ import pytest
 import torch
 from train.toy import TASKS, Samples, settings
 
-from tokenfusion.errors import UserError
-from tokenfusion.train import Engine, fit, load_model
+from tokenfusion.train import fit, load_model
 from tokenfusion.train.checkpoint import Checkpoints, read
 
 TOY = Path(__file__).with_name("toy.py")
@@ -149,19 +148,3 @@ def test_a_failure_of_the_first_process_ends_the_others(tmp_path: Path) -> None:
     errors = process.communicate(timeout=PATIENCE)[1]  # returns once all that hold the pipe have ended
     assert process.returncode == 1
     assert "the checkpoint cannot be written" in errors
-
-
-def test_torchrun_with_another_number_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"torchrun started 2 processes, but train.devices is 1"):
-        Engine(devices=1, accelerator="cpu")
-
-
-def test_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match=r"train.devices is 2, but PyTorch sees 1 GPU\(s\)"):
-        Engine(devices=2)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(UserError, match=r"train.accelerator is cuda, but PyTorch sees no GPU"):
-        Engine(accelerator="cuda")

@@ -64,7 +64,8 @@ def _curve(run: Run, primary: str) -> plots.Series | None:
     """The primary figure of the ensemble over training, or of the only stream."""
     table = run.figures()
     stream = ENSEMBLE if ENSEMBLE in table else next(iter(table), "")
-    return plots.series(run.lines, "val").get(f"{stream}/{primary}")
+    found = plots.series(run.lines, "val").get(f"{stream}/{primary}")
+    return found if found and len(found[0]) > 1 else None  # one point is no curve
 
 
 def _chart(curves: dict[str, plots.Series], primary: str) -> Chart:

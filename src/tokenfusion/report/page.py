@@ -56,7 +56,7 @@ def _report(run: Run) -> View:
         "source": "eval" if run.evaluation.streams else "training",
         "headline": _headline(figures),
         "curves": _curves(run),
-        "has_val": any(line["split"] == "val" for line in run.lines),
+        "evaluations": sum(line["split"] == "val" for line in run.lines),
         "has_lines": bool(run.lines),
         "exchange": _exchange(run),
         "threshold": run.threshold(),
@@ -93,6 +93,7 @@ def _curves(run: Run) -> list[Chart]:
     rate = plots.select(train, "lr/") or ({"learning rate": train["lr"]} if "lr" in train else {})
     primary = next(iter(metric.names([run.figures()])), "")
     streams = plots.select(val, last=f"/{primary}") if primary else {}
+    streams = {name: found for name, found in streams.items() if len(found[0]) > 1}  # one point is no curve
     losses = plots.select(train, "loss/")
     thin = "; bold: running mean" if any(len(steps) > 60 for steps, _ in losses.values()) else ""
     charts = [
@@ -101,8 +102,8 @@ def _curves(run: Run) -> list[Chart]:
         (rate, "Learning rate", "", False),
     ]
     return [
-        chart(partial(plots.curves, found, unit=percent, smooth=smooth), caption)
-        for found, caption, percent, smooth in charts
+        chart(partial(plots.curves, found, unit=percent, loss=loss), caption)
+        for found, caption, percent, loss in charts
         if found
     ]
 
@@ -118,11 +119,20 @@ def _exchange(run: Run) -> View | None:
         return None
     modalities = list(dict.fromkeys(name for row in rates.values() for name in row))
     charts = [chart(partial(plots.exchange_at_end, rates, below, modalities), "At the end, in percent")]
+    faint: list[str] = []  # their charts would be blank
     for name in modalities:
-        if found := _in_order(plots.select(train, "exchange/", f"/{name}")):
+        found = _in_order(plots.select(train, "exchange/", f"/{name}"))
+        if any(value >= 0.005 for _, values in found.values() for value in values):
             charts.append(chart(partial(plots.exchange_over_training, found), f"{name}, over training"))
-    source = "eval" if run.evaluation.exchange else "training"
-    return {"charts": charts, "source": source, "below": bool(below), "curves": len(charts) > 1}
+        elif found:
+            faint.append(name)
+    return {
+        "charts": charts,
+        "source": "eval" if run.evaluation.exchange else "training",
+        "below": bool(below),
+        "faint": faint,
+        "curves": len(charts) > 1 or bool(faint),
+    }
 
 
 def _last(found: Mapping[str, plots.Series]) -> Figures:

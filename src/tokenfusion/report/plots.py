@@ -75,14 +75,20 @@ def select(found: Mapping[str, Series], first: str = "", last: str = "") -> dict
     }
 
 
+def percent(share: float) -> str:
+    """A share in whole percent; a little is not nothing."""
+    return "<1" if 0 < share < 0.005 else f"{100 * share:.0f}"
+
+
 def curves(
-    found: Mapping[str, Series], theme: Theme, unit: str = "", smooth: bool = False, width: float = CHART[0]
+    found: Mapping[str, Series], theme: Theme, unit: str = "", loss: bool = False, width: float = CHART[0]
 ) -> bytes:
-    """Lines over the steps; logarithmic where positive values span more than a factor of 30.
+    """Lines over the steps.
 
     Args:
         found: name -> (steps, values); ``ensemble`` is drawn strong, ``total`` muted, the others in the cycle.
-        smooth: draw series of more than 60 points thin, with their running mean on top.
+        loss: values that are noisy and may span decades: more than 60 points are drawn thin with their running mean
+            on top, and the scale is logarithmic where positive values span more than a factor of 30.
         width: inches.
     """
     columns = max(int((width - 0.55) / (0.45 + 0.065 * max(map(len, found)))), 1)
@@ -95,14 +101,17 @@ def curves(
         colour = {"ensemble": theme.ink, "total": theme.muted}.get(name, theme.cycle[index % len(theme.cycle)])
         dash = "-" if named else DASHES[index % len(DASHES)]
         index += not named
-        if smooth and len(values) > 60:
+        if loss and len(values) > 60:
             axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
             values = _running_mean(values, len(values) // 30)
         axes.plot(
             steps, values, color=colour, linestyle=dash, linewidth=2.3 if name == "ensemble" else 1.5,
             marker="o" if len(values) <= 30 else "", markersize=3.5, label=_text(name, 40),
         )  # fmt: skip
-    _scales(axes, found)
+    shown = [value for _, column in found.values() for value in column if np.isfinite(value)]
+    if loss and shown and min(shown) > 0 and max(shown) > 30 * min(shown):
+        axes.set_yscale("log")
+    _step_ticks(axes, [step for steps, _ in found.values() for step in steps], 5)
     axes.set_xlabel("step", fontsize=FONT, color=theme.muted)
     axes.set_ylabel(unit, fontsize=FONT, color=theme.muted)
     if len(found) > 1:
@@ -145,7 +154,7 @@ def exchange_over_training(found: Mapping[str, Series], theme: Theme) -> bytes:
     axes = _rows(figure, 0.8, 2.4, blocks, len(blocks), theme)
     edges = [steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1), *steps]
     axes.pcolormesh(edges, np.arange(len(blocks) + 1) - 0.5, grid, cmap=_shades(theme.orange, theme), vmin=0, vmax=1)
-    _step_ticks(axes, 4)
+    _step_ticks(axes, steps, 4)
     axes.set_xlabel("step", fontsize=FONT, color=theme.muted)
     axes.set_title("substituted", fontsize=FONT, color=theme.ink, loc="left", pad=7)
     return _png(figure)
@@ -161,7 +170,9 @@ def class_bars(names: Sequence[str], scores: Mapping[str, Sequence[float | None]
     for index, stream in enumerate(others):
         colour, marker = theme.cycle[index % len(theme.cycle)], "oDs^v"[index % 5]
         values = [_number(value) for value in scores[stream]]
-        axes.scatter(values, rows, s=18, zorder=3, linewidths=0, color=colour, marker=marker, label=_text(stream))
+        axes.scatter(
+            values, rows, s=18, zorder=3, linewidths=0, clip_on=False, color=colour, marker=marker, label=_text(stream),
+        )  # fmt: skip
     axes.set_yticks(rows, [_text(name, 20) for name in names], color=theme.ink)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(left=0)
@@ -216,7 +227,7 @@ def _cells(axes: Axes, values: NDArray[np.float64], colour: str, theme: Theme) -
         if np.isfinite(value):
             red, green, blue, _ = shades(value)
             ink = "#000000" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "#ffffff"
-            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=FONT, color=ink)
+            axes.text(column, row, percent(value), ha="center", va="center", fontsize=FONT, color=ink)
 
 
 def _shades(colour: str, theme: Theme) -> Any:
@@ -225,16 +236,13 @@ def _shades(colour: str, theme: Theme) -> Any:
     return make("shades", [theme.line, colour]).with_extremes(bad=theme.surface)
 
 
-def _scales(axes: Axes, found: Mapping[str, Series]) -> None:
-    values = np.array([value for _, column in found.values() for value in column if np.isfinite(value)])
-    if values.size and values.min() > 0 and values.max() > 30 * values.min():
-        axes.set_yscale("log")
-    _step_ticks(axes, 5)
-
-
-def _step_ticks(axes: Axes, count: int) -> None:
+def _step_ticks(axes: Axes, steps: Sequence[int], count: int) -> None:
+    """Round steps, or the only one that there is."""
     ticker = require("matplotlib.ticker", "report")
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(count, integer=True))
+    alone = len(set(steps)) == 1
+    axes.xaxis.set_major_locator(
+        ticker.FixedLocator(steps[:1]) if alone else ticker.MaxNLocator(count, integer=True, steps=[1, 2, 5, 10])
+    )
     axes.xaxis.set_major_formatter(
         ticker.FuncFormatter(lambda step, _: f"{step / 1000:g}k" if step >= 10_000 else f"{step:g}")
     )

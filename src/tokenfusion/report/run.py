@@ -25,6 +25,7 @@ class Evaluation(BaseModel):
     """``metrics.json``: what ``eval`` wrote."""
 
     task: str = ""
+    dataset: str = ""
     split: str = ""
     images: int | None = None
     protocol: str = ""
@@ -117,7 +118,7 @@ class Run(NamedTuple):
         seconds = [line["time"] for line in self.lines if isinstance(line.get("time"), int | float)]
         step = self.lines[-1]["step"] if evaluation.step is None and self.lines else evaluation.step
         facts = {
-            "Data set": str(data.get("name") or data.get("root") or ""),
+            "Data set": evaluation.dataset or str(data.get("root") or ""),
             "Modalities": " + ".join(self.modalities()),
             "Fuser": component(recipe["fuser"]) if "fuser" in recipe else "",
             "Step": f"{step:,}" + (f" of {planned:,}" if isinstance(planned, int) else "") if step is not None else "",
@@ -139,7 +140,7 @@ def read_run(path: Path) -> Run:
     """
     if not (path / "recipe.yaml").is_file():
         raise UserError(f"{path} is not a run folder: it holds no recipe.yaml; give a folder that `train --out` wrote")
-    return Run(
+    run = Run(
         path=path,
         name=path.resolve().name,
         recipe=_mapping(path / "recipe.yaml", yaml.safe_load),
@@ -147,6 +148,15 @@ def read_run(path: Path) -> Run:
         evaluation=_checked(path / "metrics.json", Evaluation),
         samples=_checked(path / "samples" / "index.json", Samples),
     )
+    return _without_ensemble(run) if len(run.modalities()) == 1 else run
+
+
+def _without_ensemble(run: Run) -> Run:
+    """A run of one stream, whose ensemble would show that stream a second time."""
+    for table in (run.evaluation.streams, run.evaluation.per_class):
+        table.pop(ENSEMBLE, None)
+    lines = [{name: value for name, value in line.items() if ENSEMBLE not in name.split("/")} for line in run.lines]
+    return run._replace(lines=lines)
 
 
 def _mapping(path: Path, parse: Callable[[str], Any]) -> View:

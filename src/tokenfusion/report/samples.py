@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenfusion.errors import UserError
-from tokenfusion.report import maps
+from tokenfusion.report import maps, plots
 from tokenfusion.report.run import ENSEMBLE, Run, Samples, View, one_line
 
 SIDE, MAP_SIDE = 384, 264  # pixels of the longer side: inputs and predictions, exchange maps
@@ -66,6 +66,8 @@ def _arrays(path: Path) -> Arrays:
 def _results(index: Samples, arrays: Arrays) -> View:
     """Rows of pictures whose columns are the streams: inputs and target, predictions, errors."""
     inputs, predictions = _under(arrays, "input/"), _under(arrays, "prediction/")
+    if len(index.modalities) == 1:
+        predictions.pop(ENSEMBLE, None)  # the only stream once more
     target = arrays.get("target")
     first = len(inputs) + (target is not None)
     alone = len(predictions) == 1  # everything goes into one row
@@ -89,41 +91,42 @@ def _results(index: Samples, arrays: Arrays) -> View:
 
 
 def _exchanged(index: Samples, arrays: Arrays) -> View:
-    """For every stream the chosen blocks' maps of exchanged tokens, on its own input."""
-    blocks = [block for block in index.blocks if f"scores/{block}" in arrays]
-    if index.threshold is None or not blocks:
-        return {"streams": [], "below": False}
-    chosen = maps.chosen_blocks(blocks)
-    bases = {name: maps.shrink(_input(arrays, name), MAP_SIDE) for name in index.modalities}
-    streams: dict[str, list[Picture]] = {name: [] for name in index.modalities}
-    known = False
-    for block, column, row in chosen:
-        exchanged = maps.exchange_map(arrays[f"scores/{block}"], index.threshold)
-        if len(exchanged) != len(streams):
-            raise ValueError(f"scores/{block} has {len(exchanged)} streams, index.json {len(streams)}")
-        below = maps.donor_below(exchanged)
-        known = below is not None
-        for place, (name, pictures) in enumerate(streams.items()):
-            part = None if below is None else below[place]
-            painted = maps.overlay(bases[name], exchanged[place], part)
-            pictures.append(_picture(painted, block, column, row, _rate(exchanged[place], part)))
+    """For every stream the chosen blocks' maps of exchanged tokens, on its own input; none where all are empty."""
+    scores = {block: arrays[f"scores/{block}"] for block in index.blocks if f"scores/{block}" in arrays}
+    if index.threshold is None or not scores:
+        return {"streams": [], "below": False, "lowest": None}
+    exchanged = {block: maps.exchange_map(score, index.threshold) for block, score in scores.items()}
+    for block, found in exchanged.items():
+        if len(found) != len(index.modalities):
+            raise ValueError(f"scores/{block} has {len(found)} streams, index.json {len(index.modalities)}")
+    lowest = min(float(score.min()) for score in scores.values())
+    if not any(found.any() for found in exchanged.values()):
+        return {"streams": [], "below": False, "lowest": lowest}
+    chosen = maps.chosen_blocks(list(scores))
+    below = {block: maps.donor_below(exchanged[block]) for block, _, _ in chosen}
+    streams: list[tuple[str, list[Picture]]] = []
+    for place, name in enumerate(index.modalities):
+        base = maps.shrink(_input(arrays, name), MAP_SIDE)
+        pictures = []
+        for block, column, row in chosen:
+            where, both = exchanged[block][place], below[block]
+            part = None if both is None else both[place]
+            pictures.append(_picture(maps.overlay(base, where, part), block, column, row, _rate(where, part)))
+        streams.append((name, pictures))
     return {
-        "streams": list(streams.items()),
+        "streams": streams,
         "stages": max(column for _, column, _ in chosen),
         "single": all(row == 1 for _, _, row in chosen),
-        "below": known,
+        "below": len(index.modalities) == 2,
+        "lowest": lowest,
     }
 
 
 def _rate(exchanged: maps.Mask, below: maps.Mask | None) -> str:
-    text = _percent(exchanged.mean())
+    text = f"{plots.percent(exchanged.mean())} %"
     if below is None or not exchanged.any():
         return text
-    return f"{text}, {_percent(below.sum() / exchanged.sum())} of them blue"
-
-
-def _percent(share: float) -> str:
-    return "<1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
+    return f"{text}, {plots.percent(below.sum() / exchanged.sum())} % of them blue"
 
 
 def _input(arrays: Arrays, name: str) -> maps.Bytes:

@@ -58,7 +58,14 @@ def test_a_run_folder_is_complete(run: Path) -> None:
         assert (run / name).is_file(), name
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if line["split"] == "train"][-1]
-    for name in ("loss/rgb", "loss/depth", "loss/ensemble", "loss/sparsity", "exchange/stage1.0/rgb", "donor_below/stage4.1/depth"):
+    for name in (
+        "loss/rgb",
+        "loss/depth",
+        "loss/ensemble",
+        "loss/sparsity",
+        "exchange/stage1.0/rgb",
+        "donor_below/stage4.1/depth",
+    ):
         assert name in logged
     assert logged["lr"] > 0
 
@@ -72,15 +79,31 @@ def test_training_eval_and_predict_agree_to_the_last_digit(run: Path, rooms: Pat
         predicted = torch.from_numpy(np.array(Image.open(tmp_path / f"{name}.png"))).long()
         matrix += confusion_matrix(folder.read_target(name), predicted, 13)
     summed = segmentation_scores(matrix)
-    for name, value in (("miou", summed.miou), ("pixel_accuracy", summed.pixel_accuracy), ("mean_accuracy", summed.mean_accuracy)):
+    for name, value in (
+        ("miou", summed.miou),
+        ("pixel_accuracy", summed.pixel_accuracy),
+        ("mean_accuracy", summed.mean_accuracy),
+    ):
         assert in_eval["streams"]["ensemble"][name] == value
         assert in_training[f"ensemble/{name}"] == value
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(rooms: Path, run: Path, tmp_path: Path) -> None:
-    arguments = ["train", "toy-segmentation", f"data.root={rooms}", "data.crop=[64, 96]", *SMALL, "--out", str(tmp_path / "again")]
-    process = subprocess.Popen([sys.executable, "-m", "tokenfusion.cli", *arguments], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    arguments = [
+        "train",
+        "toy-segmentation",
+        f"data.root={rooms}",
+        "data.crop=[64, 96]",
+        *SMALL,
+        "--out",
+        str(tmp_path / "again"),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tokenfusion.cli", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     first = tmp_path / "again" / "checkpoints" / "step-00000002"
     deadline = time.monotonic() + 120
     while not first.is_dir() and process.poll() is None and time.monotonic() < deadline:
@@ -89,7 +112,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(rooms: Path, run: Path, tmp_path:
     process.wait()
     assert first.is_dir(), "the run died before its first checkpoint"
     again = tokenfusion.train(
-        tokenfusion.read_recipe("toy-segmentation", [f"data.root={rooms}", "data.crop=[64, 96]", *SMALL]), tmp_path / "again"
+        tokenfusion.read_recipe("toy-segmentation", [f"data.root={rooms}", "data.crop=[64, 96]", *SMALL]),
+        tmp_path / "again",
     )
     assert again.steps == 6
     one, other = tokenfusion.load(run).state_dict(), tokenfusion.load(tmp_path / "again").state_dict()
@@ -121,7 +145,8 @@ def test_any_size(run: Path, tmp_path: Path) -> None:
 def test_multi_scale_is_another_protocol(run: Path) -> None:
     plain, many = tokenfusion.evaluate(run), tokenfusion.evaluate(run, multi_scale=True)
     tokenfusion.evaluate(run)
-    assert plain["protocol"] != many["protocol"] and "flip" in many["protocol"]
+    assert plain["protocol"] != many["protocol"]
+    assert "flip" in many["protocol"]
     assert 0 <= many["streams"]["ensemble"]["miou"] <= 100
 
 
@@ -158,7 +183,17 @@ def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
     }
 
 
-CASES = "another size,truncated,no image,missing file,empty depth,NaN depth,channels,unknown modality,no pair".split(",")
+CASES = [
+    "another size",
+    "truncated",
+    "no image",
+    "missing file",
+    "empty depth",
+    "NaN depth",
+    "channels",
+    "unknown modality",
+    "no pair",
+]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -167,17 +202,21 @@ def test_a_mistake_is_one_line_that_names_the_file(
 ) -> None:
     arguments, named = mistakes(tmp_path)[case]
     message = command("predict", run, *arguments, "--out", tmp_path / "out", code=2, capsys=capsys)
-    assert message.count("\n") == 1 and named in message and "Traceback" not in message
+    assert message.count("\n") == 1
+    assert named in message
+    assert "Traceback" not in message
     assert not (tmp_path / "out").exists()
 
 
-def test_mistakes_in_recipes_and_runs(run: Path, rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_in_recipes_and_runs(
+    run: Path, rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cases = [
         (["train", "toy-segmentaton"], "toy-segmentation"),
         (["train", "toy-segmentation", "train.step=3"], "'steps'"),
         (["train", "toy-segmentation", "fuser=concatt"], "'concat'"),
         (["train", "toy-segmentation", "fuser.treshold=3"], "'threshold'"),
-        (["train", "toy-segmentation", "fuser.threshold=3"], "0..1"),
+        (["train", "toy-segmentation", f"data.root={rooms}", "fuser.threshold=3"], "0..1"),
         (["train", "toy-segmentation", "train.lr"], "train.lr=1e-4"),
         (["train", "toy-segmentation", "data.root=nowhere"], "nowhere"),
         (["train", "toy-segmentation", f"data.root={rooms}", "data.modalities=[rgb, lidar]"], "lidar"),
@@ -191,10 +230,13 @@ def test_mistakes_in_recipes_and_runs(run: Path, rooms: Path, tmp_path: Path, ca
     ]
     for arguments, wanted in cases:
         message = command(*arguments, code=2, capsys=capsys)
-        assert wanted in message and message.count("\n") == 1, (arguments, message)
+        assert wanted in message, (arguments, message)
+        assert message.count("\n") == 1, (arguments, message)
 
 
-def test_a_recipe_of_others_builds_nothing_foreign(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_of_others_builds_nothing_foreign(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
@@ -208,9 +250,19 @@ def test_a_label_out_of_range_is_named(rooms: Path, tmp_path: Path, capsys: pyte
     copy = tmp_path / "rooms"
     shutil.copytree(rooms, copy)
     _image(copy / "label" / f"{Folder(copy).ids('train')[0]}.png", (64, 96), value=99)
-    message = command("train", "toy-segmentation", f"data.root={copy}", "data.crop=[64, 96]", *SMALL, "--out", tmp_path / "r", code=2,
-                      capsys=capsys)
-    assert "99" in message and "label" in message
+    message = command(
+        "train",
+        "toy-segmentation",
+        f"data.root={copy}",
+        "data.crop=[64, 96]",
+        *SMALL,
+        "--out",
+        tmp_path / "r",
+        code=2,
+        capsys=capsys,
+    )
+    assert "99" in message
+    assert "label" in message
 
 
 def test_real_images(real_data: Path, tmp_path: Path) -> None:
@@ -223,12 +275,21 @@ def test_real_images(real_data: Path, tmp_path: Path) -> None:
     (tmp_path / "dataset.yaml").write_text(yaml.safe_dump(spec))
     recipe = tokenfusion.read_recipe(
         "toy-segmentation",
-        [f"data.root={tmp_path / 'dataset.yaml'}", "data.train=few", "data.val=few", "data.resize=[117, 156]", "data.crop=[96, 128]",
-         "train.steps=2", "train.batch_size=2", "train.warmup_steps=1"],
+        [
+            f"data.root={tmp_path / 'dataset.yaml'}",
+            "data.train=few",
+            "data.val=few",
+            "data.resize=[117, 156]",
+            "data.crop=[96, 128]",
+            "train.steps=2",
+            "train.batch_size=2",
+            "train.warmup_steps=1",
+        ],
     )
     tokenfusion.train(recipe, tmp_path / "run")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["images"] == 2 and len(metrics["classes"]) == 40
+    assert metrics["images"] == 2
+    assert len(metrics["classes"]) == 40
     files = {name: real_data / "nyuv2" / name / f"000003.{end}" for name, end in (("rgb", "jpg"), ("depth", "png"))}
     written = tokenfusion.predict(tmp_path / "run", tmp_path / "out", files)
     assert np.array(Image.open(written[0])).shape == (480, 640)

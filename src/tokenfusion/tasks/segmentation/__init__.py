@@ -4,9 +4,10 @@ from tokenfusion.data.augment import Batch
 from tokenfusion.tasks.segmentation.model import FusedSegmenter, SegmentationOutput
 from tokenfusion.tasks.segmentation.run import evaluate, load, predict, save, train
 from tokenfusion.tasks.segmentation.settings import SegmentationRecipe as Recipe
-from tokenfusion.tasks.segmentation.task import SegmentationTask, build_model
+from tokenfusion.tasks.segmentation.task import COMPONENTS, SegmentationTask, build_model
 
 __all__ = [
+    "COMPONENTS",
     "Batch",
     "FusedSegmenter",
     "Recipe",

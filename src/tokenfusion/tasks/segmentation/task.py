@@ -20,6 +20,11 @@ from tokenfusion.tasks.segmentation.model import FusedSegmenter, SegmentationOut
 from tokenfusion.tasks.segmentation.settings import SegmentationRecipe
 from tokenfusion.train import ParameterGroup, Task
 
+COMPONENTS = {  # keys of a recipe that name parts, and the arguments that the program supplies
+    "model.backbone": (),
+    "model.head": ("dims", "classes"),
+    "fuser": ("dim", "modalities", "stage", "seed"),
+}
 NORMS = (nn.LayerNorm, nn.BatchNorm2d)
 
 
@@ -34,7 +39,7 @@ def build_model(recipe: SegmentationRecipe, classes: int, trust: bool = False) -
         network = build(recipe.model.backbone, "model.backbone", trust)
         if not isinstance(network, MiT):
             raise UserError(f"model.backbone: wanted a MiT, got {type(network).__name__}")
-        fuser = maker(recipe.fuser, "fuser", ("dim", "modalities", "stage", "seed"), trust)
+        fuser = maker(recipe.fuser, "fuser", COMPONENTS["fuser"], trust)
 
         def make_fuser(dim: int, modalities: int, stage: int) -> Fuser:
             return fuser(dim, modalities, stage, seed=recipe.seed)

@@ -1,0 +1,61 @@
+"""The comparison of runs: figures, curves, warnings, and what differs in the recipes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from report.fake import Page, damage, fake_run
+
+from tokenfusion.errors import UserError
+from tokenfusion.report import write_comparison
+
+
+def test_comparison_marks_the_best_and_lists_what_differs(tmp_path: Path) -> None:
+    runs = [
+        fake_run(tmp_path / "token", samples=0, points=2),
+        fake_run(tmp_path / "late", fuser="none", samples=0, seed=3, points=2),
+        fake_run(tmp_path / "rgb", modalities=("rgb",), fuser="none", samples=0, seed=4, points=2),
+    ]
+    page = Page(write_comparison(runs, tmp_path / "out" / "compare.html"))
+    values = [json.loads((run / "metrics.json").read_text())["streams"].get("ensemble", {}).get("miou") for run in runs]
+    best = runs[max((0, 1), key=lambda place: values[place])].name
+    assert f"{best} best ensemble" in page.text
+    assert page.text.count("best ensemble") == 1
+    assert all(f"{value:.1f}" in page.text for value in values[:2])
+    keys = page.text.split("What differs in the recipes")[1]
+    assert "data.modalities" in keys
+    assert "seed" in keys
+    assert "fuser.rule" in keys
+    assert "batch_size" not in keys
+    assert "data.root" not in keys
+    assert all(source.startswith("data:image/") for source in page.loaded)
+    assert len(page.loaded) == 2
+
+
+def test_comparison_warns_of_different_protocols(tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path / name, samples=0, points=0) for name in ("a", "b")]
+    evaluation = json.loads((runs[1] / "metrics.json").read_text()) | {"protocol": "flip", "parameters": 44_000_000}
+    damage(runs[1] / "metrics.json", json.dumps(evaluation))
+    text = Page(write_comparison(runs, tmp_path)).text
+    assert "different protocols" in text
+    assert "different splits" not in text
+    assert "44,000,000" in text
+    assert "The recipes are the same" in text
+
+
+def test_comparison_of_incomplete_and_namesake_runs(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder / "run").mkdir(parents=True)
+        damage(tmp_path / folder / "run" / "recipe.yaml", f"seed: {folder}\n")
+    path = write_comparison([tmp_path / "a" / "run", tmp_path / "b" / "run"], tmp_path)
+    assert path == tmp_path / "compare.html"
+    text = Page(path).text
+    assert "Not evaluated yet: a/run, b/run" in text
+    assert "without a curve: a/run, b/run" in text
+
+
+def test_comparison_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing to compare"):
+        write_comparison([], tmp_path)

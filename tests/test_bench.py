@@ -1,0 +1,43 @@
+"""The bench measures what it says, at a size that takes seconds."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tokenfusion.bench import _in_child, _peak, bench, contestant
+
+SMALL = ["model.backbone.variant=b0", "model.head.width=32"]
+
+
+def test_bench_rows_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("tokenfusion.bench._in_child", lambda function, *arguments: function(*arguments))
+    result = bench("nyudv2-mit-b2", SMALL, size=(64, 96), rounds=2, batch=1)
+    assert list(result["rows"]) == ["fused", "unfused", "transformers", "fused bf16"]
+    fused, unfused = result["rows"]["fused"], result["rows"]["unfused"]
+    assert fused["parameters"] > unfused["parameters"]  # the score networks
+    assert fused["gflop"] > unfused["gflop"] > 0
+    assert result["ratios"]["forward: fused / unfused"] == fused["seconds"] / unfused["seconds"]
+    assert len(result["ratios"]) == 4
+    assert all(row["seconds"] >= row["fastest"] > 0 for row in result["rows"].values())
+
+
+def test_flops_against_a_count_by_hand() -> None:
+    """The first score network at 64 x 96 of MiT-B0: 2 modalities, 384 tokens, 32 -> 32 -> 16 -> 8 -> 2."""
+    from tokenfusion.bench import _size
+
+    with_scores = _size(contestant("nyudv2-mit-b2", SMALL, "fused", (64, 96)))[1]
+    without = _size(contestant("nyudv2-mit-b2", SMALL, "unfused", (64, 96)))[1]
+    tokens, total = 16 * 24, 0
+    for width, blocks, scale in ((32, 2, 1), (64, 2, 4), (160, 2, 16), (256, 2, 64)):
+        per_token = width * width + width * width // 2 + width // 2 * width // 4 + width // 4 * 2
+        total += 2 * 2 * blocks * (tokens // scale) * per_token
+    assert with_scores - without == pytest.approx(total / 1e9, rel=1e-9)
+
+
+def test_memory_is_taken_in_a_fresh_process() -> None:
+    assert _in_child(os.path.getsize, __file__) == os.path.getsize(__file__)  # the way there and back
+    peak = _peak("nyudv2-mit-b2", SMALL, "fused", (256, 256), 1, True)
+    assert 5 < peak < 2000  # megabytes
