@@ -44,5 +44,7 @@ def test_resampling_keeps_places() -> None:
     rows = position((2, 32), 1).reshape(2, 32)
     assert (rows.diff(dim=1) > -1e-3).all()
     assert torch.allclose(rows[0], rows[1])
+    column = (16 + 0.5) / 4 - 0.5  # where the 17th of 32 columns lies on the 8 of the map, by its middle
+    assert abs(rows[0, 16].item() - (-1 + column * 2 / 7)) < 1e-6
     assert rows[0, 0] < -0.9
     assert rows[0, -1] > 0.9

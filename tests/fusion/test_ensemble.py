@@ -8,6 +8,7 @@ from tokenfusion.fusion import LearnedEnsemble
 
 
 def test_starts_as_the_mean() -> None:
+    assert LearnedEnsemble(3).alpha.tolist() == [1, 1, 1]
     x = torch.randn(3, 2, 5, 4, 4, dtype=torch.float64)
     torch.testing.assert_close(LearnedEnsemble(3).double()(x), x.mean(0), rtol=1e-12, atol=1e-12)
 

@@ -318,6 +318,17 @@ def test_rates_know_the_same_donors_as_the_exchange_behind_a_prefix() -> None:
     assert torch.equal(spy.asked[0, 0] == 0.2, from_depth)
 
 
+def test_stochastic_depth_drops_both_residual_branches(shake, block_of) -> None:
+    class Drop(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.zeros_like(x)
+
+    block, x = block_of(2), streams(2)
+    block.drop = Drop()
+    for fuser in (NoFusion(C, 2), token_fusion(shake, 2)):
+        assert torch.equal(fuser(block, x, Context(GRID))[0], x)
+
+
 def test_position_is_added_before_scores_and_attention_in_the_released_rule(shake, block_of) -> None:
     block, x = block_of(2), streams(2)
     fuser = token_fusion(shake, 2)

@@ -17,7 +17,7 @@ SMALL = (48, 64)
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report of a whole run, written once; only read it."""
-    return write_report(fake_run(tmp_path_factory.mktemp("full") / "run", points=8))
+    return write_report(fake_run(tmp_path_factory.mktemp("full") / "run", points=4, size=SMALL))
 
 
 def test_report_is_one_file_that_loads_nothing(full: Path) -> None:
@@ -134,9 +134,9 @@ def test_too_few_evaluations_for_a_curve(tmp_path: Path, count: int, said: str) 
 
 
 def test_page_is_light(tmp_path: Path) -> None:
-    run = fake_run(tmp_path / "run", samples=2, size=(468, 625), points=0)
+    run = fake_run(tmp_path / "run", size=(468, 625), points=0)
     (run / "metrics.json").unlink()
-    assert write_report(run).stat().st_size < 1_000_000
+    assert write_report(run).stat().st_size < 500_000
 
 
 def test_damage_leaves_no_report(tmp_path: Path) -> None:

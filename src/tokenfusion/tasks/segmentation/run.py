@@ -85,15 +85,19 @@ def _settle(recipe: SegmentationRecipe, dataset: DatasetSpec, out: Path) -> None
             raise UserError(f"{out}: holds a run of another recipe (different: {keys}); choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, content in (
-            ("recipe.yaml", new),
-            ("dataset.yaml", dataset.model_dump(mode="json", exclude_unset=True)),
-        ):
-            part = out / f".{name}.partial"
-            part.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-            os.replace(part, out / name)
+        _write(file, new)
+        _write(out / "dataset.yaml", dataset.model_dump(mode="json", exclude_unset=True))
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    """Whole or not at all, and only where it says something new: of several processes the first has written it."""
+    text = yaml.safe_dump(content, sort_keys=False)
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        part = file.with_name(f".{file.name}.partial")
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, file)
 
 
 def _differences(old: Any, new: Any, place: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
