@@ -1,6 +1,7 @@
 """Draw the README's picture: what comes in, what was exchanged, what the fused model sees.
 
-    python examples/exchange_picture.py RUN SAMPLE_ID BLOCK OUT.png      e.g. runs/demo/tokenfusion-seed0 000440 stage2.1 exchange.png
+python examples/exchange_picture.py RUN SAMPLE_ID BLOCK OUT.png
+for example runs/demo/tokenfusion-seed0 000420 stage2.1 docs/images/exchange.png
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import tokenfusion
-from tokenfusion import study
+from tokenfusion import api, study
 from tokenfusion.cli import main
 from tokenfusion.errors import UserError
 from tokenfusion.recipe import shipped
@@ -50,7 +50,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 
 def test_methods_study_trains_skips_and_tabulates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    tokenfusion.prepare_rooms(tmp_path / "rooms", train=4, val=2, height=64, width=96)
+    api.prepare_rooms(tmp_path / "rooms", train=4, val=2, height=64, width=96)
     small = [
         f"data.root={tmp_path / 'rooms'}",
         "data.crop=[64, 96]",
@@ -77,4 +77,4 @@ def test_methods_study_trains_skips_and_tabulates(tmp_path: Path, monkeypatch: p
 
 def _in_this_process(arguments: dict[Path, list[str]], jobs: int) -> None:
     for run, words in arguments.items():
-        tokenfusion.train(tokenfusion.read_recipe(words[0], words[1:]), run)
+        api.train(tokenfusion.read_recipe(words[0], words[1:]), run)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tokenfusion
-from tokenfusion.backbones import mit
+from tokenfusion.backbones.mit import mit
 from tokenfusion.backbones.weights import from_released_segmentation
 from tokenfusion.convert import convert
 from tokenfusion.errors import UserError

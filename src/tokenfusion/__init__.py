@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 from tokenfusion.errors import UserError
 
 if TYPE_CHECKING:
-    from tokenfusion.api import evaluate, load, predict, prepare, prepare_rooms, train
+    from tokenfusion.api import load
     from tokenfusion.recipe import read_recipe
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "evaluate", "load", "predict", "prepare", "prepare_rooms", "read_recipe", "train"]
+__all__ = ["UserError", "load", "read_recipe"]  # every verb of the command line is a function of tokenfusion.api
 
 
 def __getattr__(name: str) -> Any:
-    """The verbs are imported when they are asked for: torch takes seconds, and ``tokenfusion --help`` needs none of it."""
-    if name not in __all__:
+    """Imported when asked for: torch takes seconds, and ``tokenfusion --help`` needs none of it."""
+    homes = {"load": "tokenfusion.api", "read_recipe": "tokenfusion.recipe"}
+    if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("tokenfusion.recipe" if name == "read_recipe" else "tokenfusion.api"), name)
+    return getattr(importlib.import_module(homes[name]), name)

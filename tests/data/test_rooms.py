@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tokenfusion.data import Folder
-from tokenfusion.data.prepare import rooms as preparation
 from tokenfusion.data.furniture import BOX, CARPET, CLASSES, CUSHION, FLOOR, PANEL, WALL
+from tokenfusion.data.prepare import rooms as preparation
 from tokenfusion.data.rooms import Room, render
 from tokenfusion.errors import UserError
 

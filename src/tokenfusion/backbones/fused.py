@@ -53,6 +53,10 @@ class FusedBackbone(nn.Module):
         private: tuple[type[nn.Module], ...] = (nn.LayerNorm,),
     ) -> None:
         super().__init__()
+        if score_nets not in ("stage", "block"):
+            raise ValueError(f"score_nets must be 'stage' or 'block', not {score_nets!r}")
+        if placement not in ("every", "last"):
+            raise ValueError(f"placement must be 'every' or 'last', not {placement!r}")
         if len(set(modalities)) != len(modalities) or not modalities:
             raise ValueError(f"modalities must be different names, at least one; got {list(modalities)}")
         self.modalities = tuple(modalities)
@@ -104,10 +108,10 @@ class FusedBackbone(nn.Module):
         unknown = [name for name in inputs if name not in self.modalities]
         if unknown or not inputs:
             raise ValueError(f"inputs must be some of {', '.join(self.modalities)}; got {', '.join(inputs) or 'none'}")
-        shapes = {name: tuple(x.shape) for name, x in inputs.items()}
-        if len(set(shapes.values())) > 1:
-            raise ValueError(f"aligned modalities must have one shape; got {shapes}")
         some = next(iter(inputs.values()))
+        if any(x.shape != some.shape for x in inputs.values()):
+            shapes = {name: tuple(x.shape) for name, x in inputs.items()}
+            raise ValueError(f"aligned modalities must have one shape; got {shapes}")
         x = torch.stack([inputs.get(name, torch.zeros_like(some)) for name in self.modalities])
         if len(inputs) == len(self.modalities):
             return x, None
@@ -120,6 +124,8 @@ class FusedBackbone(nn.Module):
             present = present & there
         elif present is None:
             present = there
+        if present is not None:  # whatever a broken sensor sent, NaN too, goes no further, and neither do its gradients
+            images = torch.where(present[:, :, None, None, None], images, 0)
         x = merge(images)
         maps: list[Tensor] = []
         scores: list[Tensor] = []
@@ -127,7 +133,7 @@ class FusedBackbone(nn.Module):
             tokens, grid = stage.embed(x)
             tokens = split(tokens, len(self.modalities))
             if index == 0 and present is not None:
-                tokens = tokens * present[:, :, None, None].to(tokens.dtype)
+                tokens = torch.where(present[:, :, None, None], tokens, 0)
             tokens = self._blocks(index, tokens, grid, present, scores)
             x = to_map(stage.norm(merge(tokens)), grid)
             maps.append(split(x, len(self.modalities)))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -16,7 +18,10 @@ from torch import Tensor, nn
 from tokenfusion.errors import UserError
 
 StateDict = dict[str, Tensor]
-UNREADABLE = (SafetensorError, OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
+DAMAGE = (OSError, RuntimeError, EOFError, LookupError, ValueError, struct.error)
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, *DAMAGE)
+# A metric that numpy computed is stored beside the weights of some files: a plain number.
+NUMPY_FIGURES: list[Any] = [np.float64(0).__reduce__()[0], np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8"))]
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
 
 
@@ -63,10 +68,10 @@ def read_checkpoint(path: str | Path) -> StateDict:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except UNREADABLE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable checkpoint, or one that holds more than tensors ({reason})") from None
+        with torch.serialization.safe_globals(NUMPY_FIGURES):
+            content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except UNREADABLE:
+        raise UserError(f"{path}: damaged, or no checkpoint, or one that holds more than tensors and numbers") from None
     for key in ("segmenter", "state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -80,7 +85,7 @@ def fetch(name: str) -> StateDict:
     """A checkpoint by local path (file or folder) or by hub id, e.g. ``nvidia/mit-b2``."""
     if Path(name).exists():
         return read_checkpoint(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.endswith((".safetensors", ".pth", ".pt", ".tar", ".bin")):
         raise UserError(f"{name}: neither a file or folder here nor a hub id such as nvidia/mit-b2")
     from huggingface_hub import hf_hub_download  # heavy import, and only needed here
 
@@ -216,23 +221,22 @@ def load_into(network: nn.Module, source: StateDict) -> LoadReport:
         UserError: where a tensor has another shape than the network's, or nothing fits at all.
     """
     state = network.state_dict()
-    report, used = LoadReport([], [], [], []), set()
+    origins: dict[str, str] = {}
     for name, target in state.items():
-        single = re.sub(r"\.\d+\.(weight|bias)$", r".\1", name)
-        origin = name if name in source else single
-        if origin not in source:
-            report.random.append(name)
-            continue
-        value = source[origin]
-        if value.shape != target.shape:
-            raise UserError(
-                f"{origin}: the checkpoint has shape {tuple(value.shape)}, the network {tuple(target.shape)}"
-            )
-        with torch.no_grad():
-            target.copy_(value)
-        used.add(origin)
-        (report.loaded if origin == name else report.copied).append(name)
-    if not used:
+        origin = name if name in source else re.sub(r"\.\d+\.(weight|bias)$", r".\1", name)
+        if origin in source:
+            if source[origin].shape != target.shape:
+                shapes = f"{tuple(source[origin].shape)}, the network {tuple(target.shape)}"
+                raise UserError(f"{origin}: the checkpoint has shape {shapes}")
+            origins[name] = origin
+    if not origins:
         raise UserError(f"nothing in this checkpoint fits the network (its first key is {next(iter(source))!r})")
-    report.unused.extend(sorted(set(source) - used))
-    return report
+    with torch.no_grad():
+        for name, origin in origins.items():
+            state[name].copy_(source[origin])
+    return LoadReport(
+        loaded=sorted(name for name, origin in origins.items() if name == origin),
+        copied=sorted(name for name, origin in origins.items() if name != origin),
+        random=sorted(state.keys() - origins.keys()),
+        unused=sorted(source.keys() - set(origins.values())),
+    )

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def _shuffled_rank(tokens: int, seed: int, device: torch.device | None) -> Tensor:
-    """A permutation of 0..N-1 that is a pure function of (seed, N), from integer arithmetic alone.
+def _mixed(h: Any) -> Any:
+    """The finaliser of MurmurHash3 on 32-bit values, for numbers and int64 tensors alike (their product may wrap)."""
+    h = (h ^ (h >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
+    h = (h ^ (h >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
+    return h ^ (h >> 16)
 
-    No random generator is asked, so it traces, exports and is the same on every device: sort the tokens by a hash of their
-    index (two rounds of multiply and xor-shift, kept within 62 bits).
+
+def shuffled_ranks(tokens: int, seed: int, stage: int, stream: int, device: torch.device | None = None) -> Tensor:
+    """A permutation of 0..N-1 that is a pure function of its arguments, from integer arithmetic alone.
+
+    No random generator is asked, so it traces, exports and is the same on every device: tokens are sorted by a hash of
+    their index.
     """
-    h = torch.arange(1, tokens + 1, device=device, dtype=torch.int64) + (seed & 0xFFFFFFF) * 0x9E3779B1
-    for factor in (0x45D9F3B, 0x119DE1F3):
-        h = (h ^ (h >> 16)) & 0xFFFFFFFF
-        h = (h * factor) & 0x3FFFFFFFFFFFFFF
-    return (h ^ (h >> 16)).argsort(stable=True).argsort()
+    key = _mixed(_mixed(_mixed(seed % 2**32) + stage) + stream)
+    hashed = _mixed((torch.arange(tokens, device=device) + key) & 0xFFFFFFFF)
+    hashed = _mixed((hashed + key) & 0xFFFFFFFF)
+    return hashed.argsort(stable=True).argsort()
 
 
 def partners(modalities: int, tokens: int, seed: int, stage: int = 0, device: torch.device | None = None) -> Tensor:
@@ -38,7 +46,7 @@ def partners(modalities: int, tokens: int, seed: int, stage: int = 0, device: to
     own = torch.arange(modalities, device=device).unsqueeze(1)
     if modalities <= 2:
         return (modalities - 1 - own).expand(modalities, tokens)
-    ranks = [_shuffled_rank(tokens, (seed * 1009 + stage) * 64 + m, device) for m in range(modalities)]
+    ranks = [shuffled_ranks(tokens, seed, stage, m, device) for m in range(modalities)]
     return (own + 1 + torch.stack(ranks) % (modalities - 1)) % modalities
 
 
@@ -56,8 +64,8 @@ def present_partners(partner: Tensor, present: Tensor) -> Tensor:
     own = torch.arange(modalities, device=partner.device).unsqueeze(1)
     choice = own.unsqueeze(-1).expand(modalities, present.shape[1], partner.shape[1])
     for step in reversed(range(modalities - 1)):  # the last one written is the first choice
-        # step forward cyclically from the allotted modality, skipping the receiver itself
-        candidate = (own + 1 + (partner - own - 1 + step) % max(modalities - 1, 1)) % modalities
+        # the others stand in a circle behind the receiver: go on from the one that was allotted
+        candidate = (own + 1 + ((partner - own - 1) % modalities + step) % (modalities - 1)) % modalities
         there = present[candidate.unsqueeze(1), torch.arange(present.shape[1], device=present.device).view(1, -1, 1)]
         choice = torch.where(there, candidate.unsqueeze(1), choice)
     return choice

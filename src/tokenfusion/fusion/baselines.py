@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenfusion.fusion.allocation import shuffled_ranks
 from tokenfusion.fusion.exchange import substitute
-from tokenfusion.fusion.fusers import Block, Context, Fuser, residual
+from tokenfusion.fusion.fusers import Block, Context, Fuser, behind_prefix, residual
 from tokenfusion.fusion.modality import merge, split
 
 
@@ -38,8 +39,8 @@ class Average(Fuser):
         if ctx.present is None:
             mean = attended.mean(0, keepdim=True)
         else:
-            weight = (ctx.present / ctx.present.sum(0)).unsqueeze(-1).unsqueeze(-1)
-            mean = (attended * weight.to(attended.dtype)).sum(0, keepdim=True)
+            there = ctx.present.to(attended.dtype)
+            mean = (attended * (there / there.sum(0))[:, :, None, None]).sum(0, keepdim=True)
         return residual(block, x, mean.expand_as(x), ctx.grid), None
 
 
@@ -63,14 +64,17 @@ class Random(Fuser):
         x = ctx.align(x)
         attended = split(block.attend(merge(x), ctx.grid), x.shape[0])
         if self.modalities > 1:
-            attended = substitute(attended, self.stand_in(attended, ctx.present), self._drawn(x, ctx))
+            attended = behind_prefix(
+                attended,
+                ctx.prefix,
+                lambda e: substitute(e, self.stand_in(e, ctx.present), self._drawn(e, ctx.present)),
+            )
         return residual(block, x, attended, ctx.grid), None
 
-    def _drawn(self, x: Tensor, ctx: Context) -> Tensor:
+    def _drawn(self, x: Tensor, present: Tensor | None) -> Tensor:
         if self.training:
             drawn = torch.rand(x.shape[:3], device=x.device) < self.rate
         else:
-            generator = torch.Generator().manual_seed(self.seed * 64 + self.stage)
-            drawn = (torch.rand(x.shape[0], 1, x.shape[2], generator=generator) < self.rate).to(x.device)
-        drawn = drawn & (torch.arange(x.shape[2], device=x.device) >= ctx.prefix)
-        return drawn if ctx.present is None else drawn | ~ctx.present.unsqueeze(-1)
+            ranks = [shuffled_ranks(x.shape[2], self.seed, self.stage, -1 - m, x.device) for m in range(len(x))]
+            drawn = (torch.stack(ranks) < self.rate * x.shape[2]).unsqueeze(1).expand(x.shape[:3])
+        return drawn if present is None else drawn | ~present.unsqueeze(-1)

@@ -19,6 +19,11 @@ def substitute(tokens: Tensor, stand_in: Tensor, replaced: Tensor) -> Tensor:
     return torch.where(replaced.unsqueeze(-1), stand_in, tokens)
 
 
+def below(scores: Tensor, threshold: float) -> Tensor:
+    """Which tokens are replaced: ``s < theta``; with theta = 1 all of them, a score that rounds to 1 too."""
+    return torch.ones_like(scores, dtype=torch.bool) if threshold >= 1 else scores < threshold
+
+
 class ExchangeRates(NamedTuple):
     """Shares in 0..1, per modality ``[M]``."""
 
@@ -37,7 +42,7 @@ def exchange_rates(scores: Tensor, donor_scores: Tensor, threshold: float) -> Ex
         donor_scores: the score of the token that would stand in, ``[M, B, N]``.
         threshold: theta.
     """
-    replaced = scores < threshold
+    replaced = below(scores, threshold)
     count = replaced.sum((1, 2))
-    both = (replaced & (donor_scores < threshold)).sum((1, 2))
+    both = (replaced & below(donor_scores, threshold)).sum((1, 2))
     return ExchangeRates(count / replaced[0].numel(), both / count.clamp(min=1))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenfusion.fusion.allocation import partners, present_partners, take
-from tokenfusion.fusion.exchange import ExchangeRates, exchange_rates, substitute
+from tokenfusion.fusion.exchange import ExchangeRates, below, exchange_rates, substitute
 from tokenfusion.fusion.modality import merge, split
 from tokenfusion.fusion.scores import ScorePredictor
 
@@ -75,7 +77,7 @@ class Fuser(nn.Module):
         raise NotImplementedError
 
     def stand_in(self, x: Tensor, present: Tensor | None) -> Tensor:
-        """For every token the same position of the modality allotted to it (Eq. 2 with h = identity, Eq. 7)."""
+        """For every token the same position of the modality allotted to it (Eq. 2 and 3 with h = identity, Eq. 7)."""
         if present is None and self.modalities <= 2:
             return x if self.modalities == 1 else x.flip(0)
         partner = partners(self.modalities, x.shape[2], self.seed, self.stage, x.device)
@@ -88,7 +90,7 @@ class Fuser(nn.Module):
 
 
 def residual(block: Block, x: Tensor, attended: Tensor, grid: Grid) -> Tensor:
-    """Both residual steps of a pre-norm block, from what its attention gave; all ``[M, B, N, C]``."""
+    """Both residual steps of a pre-norm block (Eq. 1), from what its attention gave; all ``[M, B, N, C]``."""
     y = merge(x) + block.drop(merge(attended))
     return split(y + block.drop(block.feed(y, grid)), x.shape[0])
 
@@ -145,13 +147,13 @@ class TokenFusion(Fuser):
         scores = self._scores(x, ctx)
         weight = _pad_prefix(scores, ctx.prefix)
         attended = split(block.attend(merge(x), ctx.grid), self.modalities) * weight.unsqueeze(-1)
-        return x, self._exchange(attended, weight, ctx.present), scores
+        return x, self._exchange(attended, scores, ctx), scores
 
     def _paper(self, block: Block, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
         scores = self._scores(x, ctx)
         weight = _pad_prefix(scores, ctx.prefix)
-        x = ctx.align(self._exchange(x, weight, ctx.present))  # Eq. 6, "before each transformer layer"
-        weight = self._exchange(weight.unsqueeze(-1), weight, ctx.present)
+        x = ctx.align(self._exchange(x, scores, ctx))  # Eq. 6, "before each transformer layer"
+        weight = self._exchange(weight.unsqueeze(-1), scores, ctx)
         weighed = block.norm1(merge(x)) * merge(weight)  # Eq. 4
         return x, split(block.attention(weighed, ctx.grid), self.modalities), scores
 
@@ -160,12 +162,19 @@ class TokenFusion(Fuser):
         # a missing modality is uninformative everywhere: the method itself fills it in
         return scores if ctx.present is None else scores * ctx.present.unsqueeze(-1)
 
-    def _exchange(self, x: Tensor, weight: Tensor, present: Tensor | None) -> Tensor:
+    def _exchange(self, x: Tensor, scores: Tensor, ctx: Context) -> Tensor:
         if self.modalities == 1:
             return x
-        return substitute(x, self.stand_in(x, present), weight < self.threshold)
+        return behind_prefix(
+            x, ctx.prefix, lambda e: substitute(e, self.stand_in(e, ctx.present), below(scores, self.threshold))
+        )
+
+
+def behind_prefix(x: Tensor, prefix: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Change the map's tokens of ``x [M, B, prefix + N, C]`` and leave those before them alone."""
+    return torch.cat([x[:, :, :prefix], change(x[:, :, prefix:])], 2) if prefix else change(x)
 
 
 def _pad_prefix(scores: Tensor, prefix: int) -> Tensor:
-    """Prefix tokens have score 1: weighed by one and never below a threshold."""
+    """Prefix tokens are weighed by one."""
     return F.pad(scores, (prefix, 0), value=1.0) if prefix else scores

@@ -35,7 +35,7 @@ class PerModality(nn.ModuleList):
     def forward(self, x: Tensor, *args: object) -> Tensor:
         if len(self) == 1:
             return self[0](x, *args)
-        return torch.cat([copy_(chunk, *args) for copy_, chunk in zip(self, x.chunk(len(self)), strict=True)])
+        return torch.cat([own(stream, *args) for own, stream in zip(self, split(x, len(self)), strict=True)])
 
 
 def make_private(network: nn.Module, modalities: int, kinds: tuple[type[nn.Module], ...]) -> nn.Module:

@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 
 import tokenfusion
+from tokenfusion import api
 from tokenfusion.cli import main
 from tokenfusion.data import Folder
 from tokenfusion.tasks.segmentation.metrics import confusion_matrix, segmentation_scores
@@ -28,7 +29,7 @@ SMALL = ["train.steps=6", "train.batch_size=2", "train.log_every=2", "train.chec
 @pytest.fixture(scope="module")
 def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "rooms"
-    tokenfusion.prepare_rooms(out, train=6, val=3, height=64, width=96, seed=1)
+    api.prepare_rooms(out, train=6, val=3, height=64, width=96, seed=1)
     return out
 
 
@@ -36,7 +37,7 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "toy"
     recipe = tokenfusion.read_recipe("toy-segmentation", [f"data.root={rooms}", "data.crop=[64, 96]", *SMALL])
-    tokenfusion.train(recipe, out)
+    api.train(recipe, out)
     return out
 
 
@@ -72,8 +73,8 @@ def test_a_run_folder_is_complete(run: Path) -> None:
 
 def test_training_eval_and_predict_agree_to_the_last_digit(run: Path, rooms: Path, tmp_path: Path) -> None:
     in_training = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines() if '"val"' in x][-1]
-    in_eval = tokenfusion.evaluate(run)
-    tokenfusion.predict(run, tmp_path, data=rooms, split="val")
+    in_eval = api.evaluate(run)
+    api.predict(run, tmp_path, data=rooms, split="val")
     folder, matrix = Folder(rooms), torch.zeros(13, 13, dtype=torch.int64)
     for name in folder.ids("val"):
         predicted = torch.from_numpy(np.array(Image.open(tmp_path / f"{name}.png"))).long()
@@ -111,7 +112,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(rooms: Path, run: Path, tmp_path:
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert first.is_dir(), "the run died before its first checkpoint"
-    again = tokenfusion.train(
+    again = api.train(
         tokenfusion.read_recipe("toy-segmentation", [f"data.root={rooms}", "data.crop=[64, 96]", *SMALL]),
         tmp_path / "again",
     )
@@ -123,14 +124,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(rooms: Path, run: Path, tmp_path:
 def test_predict_writes_label_overlay_and_scores(run: Path, rooms: Path, tmp_path: Path) -> None:
     name = Folder(rooms).ids("val")[0]
     files = {"rgb": rooms / "rgb" / f"{name}.png", "depth": rooms / "depth" / f"{name}.png"}
-    written = tokenfusion.predict(run, tmp_path, files)
+    written = api.predict(run, tmp_path, files)
     assert [path.name for path in written] == [f"{name}.png", f"{name}_overlay.png", f"{name}_scores.npz"]
     assert np.array(Image.open(written[0])).shape == (64, 96)
     assert np.array(Image.open(written[1])).shape == (64, 96, 3)
     scores = np.load(written[2])
     assert scores["stage1.0"].shape == (2, 16, 24)
     assert list(scores["modalities"]) == ["rgb", "depth"]
-    alone = tokenfusion.predict(run, tmp_path / "rgb", {"rgb": files["rgb"]})  # a missing modality
+    alone = api.predict(run, tmp_path / "rgb", {"rgb": files["rgb"]})  # a missing modality
     assert (np.load(alone[2])["stage1.0"][1] == 0).all()
 
 
@@ -138,13 +139,13 @@ def test_any_size(run: Path, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     Image.fromarray(generator.integers(0, 255, (101, 77, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     Image.fromarray(generator.integers(500, 4000, (101, 77), dtype=np.uint16)).save(tmp_path / "d.png")
-    written = tokenfusion.predict(run, tmp_path / "out", {"rgb": tmp_path / "a.png", "depth": tmp_path / "d.png"})
+    written = api.predict(run, tmp_path / "out", {"rgb": tmp_path / "a.png", "depth": tmp_path / "d.png"})
     assert np.array(Image.open(written[0])).shape == (101, 77)
 
 
 def test_multi_scale_is_another_protocol(run: Path) -> None:
-    plain, many = tokenfusion.evaluate(run), tokenfusion.evaluate(run, multi_scale=True)
-    tokenfusion.evaluate(run)
+    plain, many = api.evaluate(run), api.evaluate(run, multi_scale=True)
+    api.evaluate(run)
     assert plain["protocol"] != many["protocol"]
     assert "flip" in many["protocol"]
     assert 0 <= many["streams"]["ensemble"]["miou"] <= 100
@@ -286,10 +287,10 @@ def test_real_images(real_data: Path, tmp_path: Path) -> None:
             "train.warmup_steps=1",
         ],
     )
-    tokenfusion.train(recipe, tmp_path / "run")
+    api.train(recipe, tmp_path / "run")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["images"] == 2
     assert len(metrics["classes"]) == 40
     files = {name: real_data / "nyuv2" / name / f"000003.{end}" for name, end in (("rgb", "jpg"), ("depth", "png"))}
-    written = tokenfusion.predict(tmp_path / "run", tmp_path / "out", files)
+    written = api.predict(tmp_path / "run", tmp_path / "out", files)
     assert np.array(Image.open(written[0])).shape == (480, 640)

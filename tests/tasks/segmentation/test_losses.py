@@ -65,6 +65,13 @@ def test_without_any_label_it_is_zero_with_a_zero_gradient() -> None:
     assert torch.equal(gradient, torch.zeros_like(logits))
 
 
+def test_a_single_labelled_pixel() -> None:
+    logits, target = case()
+    target[:] = 255
+    target[1, 3, 4] = 2
+    torch.testing.assert_close(upsampled_cross_entropy(logits, target), plain(logits, target), rtol=1e-12, atol=0)
+
+
 def test_another_ignored_value() -> None:
     logits, target = case()
     target[target == 255] = 0

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -17,7 +18,7 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
         count = (target != ignore).sum().clamp(min=1)
         wanted = ctx.needs_input_grad[0]
         total = torch.zeros((), device=logits.device, dtype=torch.promote_types(logits.dtype, torch.float32))
-        gradient = torch.empty_like(logits) if wanted else None
+        gradient = torch.empty_like(logits, dtype=total.dtype) if wanted else None
         for b in range(logits.shape[0]):
             with torch.set_grad_enabled(wanted), torch.autocast(logits.device.type, enabled=False):
                 small = logits[b : b + 1].detach().to(total.dtype).requires_grad_(wanted)
@@ -27,12 +28,14 @@ class _UpsampledCrossEntropy(torch.autograd.Function):
             total += loss.detach()
         if gradient is not None:
             ctx.save_for_backward(gradient)
+            ctx.dtype = logits.dtype
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None
+        return (gradient * upstream).to(ctx.dtype), None, None  # a loss scale acts before rounding
 
 
 def _summed(logits: Tensor, target: Tensor, ignore: int) -> Tensor:

@@ -18,7 +18,7 @@ from tokenfusion.tasks.segmentation.model import FusedSegmenter
 
 
 def score_maps(backbone: FusedBackbone, scores: list[Tensor], image: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Scores of one image as maps: ``{block name: float16 [M, h, w]}``.
+    """Scores of one image as maps: ``{block name: float32 [M, h, w]}``.
 
     Args:
         scores: per fused block ``[M, 1, N]``.
@@ -28,7 +28,7 @@ def score_maps(backbone: FusedBackbone, scores: list[Tensor], image: tuple[int, 
     for name, (stage, _), score in zip(backbone.block_names(), backbone.fused_blocks(), scores, strict=True):
         stride = 4 * 2**stage
         grid = (-(-image[0] // stride), -(-image[1] // stride))
-        maps[name] = score[:, 0].unflatten(-1, grid).cpu().numpy().astype(np.float16)
+        maps[name] = score[:, 0].unflatten(-1, grid).float().cpu().numpy()
     return maps
 
 
