@@ -316,3 +316,17 @@ def test_stage_and_block_share_the_names_of_the_first_block(small_segmenter) -> 
     block = set(small_segmenter(TokenFusion, score_nets="block").state_dict())
     assert stage < block
     assert all(name.startswith("backbone.fusers.1.1.") for name in block - stage)
+
+
+def test_a_network_is_fused_once(small_mit) -> None:
+    network = small_mit()
+    FusedBackbone(network, ["rgb", "depth"], TokenFusion)
+    with pytest.raises(ValueError, match="deepcopy"):
+        FusedBackbone(network, ["rgb", "depth"], TokenFusion)
+
+
+def test_flags_of_another_shape_are_refused(small_segmenter, images) -> None:
+    model = small_segmenter(FUSERS["released"])
+    for present in (torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 2)):
+        with pytest.raises(ValueError, match=r"bool \[2, 2\]"):
+            model(images(2), present)

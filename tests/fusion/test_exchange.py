@@ -52,3 +52,11 @@ def test_rates_are_over_batch_and_tokens() -> None:
 def test_no_exchange_has_no_worthless_donors() -> None:
     scores = torch.ones(2, 1, 4)
     assert exchange_rates(scores, torch.zeros(2, 1, 4), 0.5).donor_below.tolist() == [0.0, 0.0]
+
+
+def test_a_missing_sample_is_not_counted() -> None:
+    scores = torch.tensor([[[0.1, 0.9], [0.0, 0.0]], [[0.9, 0.9], [0.1, 0.1]]])  # [M, B, N]
+    present = torch.tensor([[True, False], [True, True]])
+    rates = exchange_rates(scores, scores.flip(0), 0.5, present)
+    assert rates.exchanged.tolist() == [0.5, 0.5]
+    assert exchange_rates(scores, scores.flip(0), 0.5).exchanged.tolist() == [0.75, 0.5]

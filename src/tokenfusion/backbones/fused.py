@@ -39,7 +39,7 @@ class FusedBackbone(nn.Module):
         private: kinds of layers that every modality has for itself.
 
     Shape: ``{name: [B, 3, H, W]} -> FusedFeatures``. Names that are left out are missing modalities; ``present`` says the same
-    per sample. A missing stream starts as zeros after the stem.
+    per sample; every sample needs one at least. A missing stream starts as zeros after the stem.
     """
 
     def __init__(
@@ -120,6 +120,11 @@ class FusedBackbone(nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor], present: Tensor | None = None) -> FusedFeatures:
         images, there = self.stack(inputs)
+        if present is not None and (present.shape != images.shape[:2] or present.dtype != torch.bool):
+            wanted = f"bool [{images.shape[0]}, {images.shape[1]}]"
+            raise ValueError(
+                f"present must be {wanted} (modalities, samples); got {present.dtype} {list(present.shape)}"
+            )
         if present is not None and there is not None:
             present = present & there
         elif present is None:

@@ -143,10 +143,18 @@ class MiT(nn.Module):
 
     def __init__(self, widths: Sequence[int], depths: Sequence[int], channels: int = 3, drop_path: float = 0.1) -> None:
         super().__init__()
-        rates = torch.linspace(0, drop_path, sum(depths)).split(list(depths))
+        rates = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        first = [sum(depths[:s]) for s in range(len(depths))]
         inputs = (channels, *widths[:-1])
         self.stages = nn.ModuleList(
-            Stage(inputs[s], widths[s], self.heads[s], self.reductions[s], rates[s].tolist(), first=s == 0)
+            Stage(
+                inputs[s],
+                widths[s],
+                self.heads[s],
+                self.reductions[s],
+                rates[first[s] : first[s] + depths[s]],
+                first=s == 0,
+            )
             for s in range(len(widths))
         )
         self.apply(_initialise)

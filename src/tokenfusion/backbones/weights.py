@@ -21,7 +21,11 @@ StateDict = dict[str, Tensor]
 DAMAGE = (OSError, RuntimeError, EOFError, LookupError, ValueError, struct.error)
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, *DAMAGE)
 # A metric that numpy computed is stored beside the weights of some files: a plain number.
-NUMPY_FIGURES: list[Any] = [np.float64(0).__reduce__()[0], np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8"))]
+NUMPY_FIGURES: list[Any] = [
+    np.float64(0).__reduce__()[0],
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")),
+]
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
 
 

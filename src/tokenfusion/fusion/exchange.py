@@ -31,7 +31,9 @@ class ExchangeRates(NamedTuple):
     donor_below: Tensor  # of the exchanged tokens: those whose donor scores below the threshold too (0 where none was)
 
 
-def exchange_rates(scores: Tensor, donor_scores: Tensor, threshold: float) -> ExchangeRates:
+def exchange_rates(
+    scores: Tensor, donor_scores: Tensor, threshold: float, present: Tensor | None = None
+) -> ExchangeRates:
     """How much each stream received, and from donors of what worth.
 
     A donor below the threshold gives next to nothing under the released rule (it is weighed by its own score): attention is
@@ -41,8 +43,11 @@ def exchange_rates(scores: Tensor, donor_scores: Tensor, threshold: float) -> Ex
         scores: ``[M, B, N]``.
         donor_scores: the score of the token that would stand in, ``[M, B, N]``.
         threshold: theta.
+        present: bool ``[M, B]``; samples whose stream is missing are not counted for it.
     """
-    replaced = below(scores, threshold)
+    replaced, tokens = below(scores, threshold), torch.full_like(scores[:, 0, 0], scores[0].numel())
+    if present is not None:
+        replaced, tokens = replaced & present.unsqueeze(-1), present.sum(1) * scores.shape[2]
     count = replaced.sum((1, 2))
     both = (replaced & below(donor_scores, threshold)).sum((1, 2))
-    return ExchangeRates(count / replaced[0].numel(), both / count.clamp(min=1))
+    return ExchangeRates(count / tokens.clamp(min=1), both / count.clamp(min=1))

@@ -86,7 +86,7 @@ class Fuser(nn.Module):
     def rates(self, scores: Tensor, present: Tensor | None = None) -> ExchangeRates:
         """What this fuser exchanged, from the scores that it returned."""
         assert self.threshold is not None, "only fusers with a threshold exchange by score"
-        return exchange_rates(scores, self.stand_in(scores, present), self.threshold)
+        return exchange_rates(scores, self.stand_in(scores, present), self.threshold, present)
 
 
 def residual(block: Block, x: Tensor, attended: Tensor, grid: Grid) -> Tensor:

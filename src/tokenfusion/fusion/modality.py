@@ -39,10 +39,20 @@ class PerModality(nn.ModuleList):
 
 
 def make_private(network: nn.Module, modalities: int, kinds: tuple[type[nn.Module], ...]) -> nn.Module:
-    """Replace, in place, every layer of the given kinds by :class:`PerModality` copies of it; returns the network."""
+    """Replace, in place, every layer of the given kinds by :class:`PerModality` copies of it; returns the network.
+
+    Raises:
+        ValueError: where the network has private layers already; give a fresh one or a deep copy.
+    """
+    if any(isinstance(module, PerModality) for module in network.modules()):
+        raise ValueError("this network has private layers already: a network is fused once; copy.deepcopy it before")
+    return _replace(network, modalities, kinds)
+
+
+def _replace(network: nn.Module, modalities: int, kinds: tuple[type[nn.Module], ...]) -> nn.Module:
     for name, child in network.named_children():
         if isinstance(child, kinds):
             setattr(network, name, PerModality(child, modalities))
         else:
-            make_private(child, modalities, kinds)
+            _replace(child, modalities, kinds)
     return network

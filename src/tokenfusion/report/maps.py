@@ -26,7 +26,7 @@ GRID_FROM = 6  # pixels: below this cell size the lines of the token grid would 
 
 
 def exchange_map(scores: NDArray[Any], threshold: float) -> Mask:
-    """Which tokens were substituted: those scored strictly below the threshold (Eq. 6).
+    """Which tokens were substituted: those scored strictly below the threshold (Eq. 6), all with theta = 1.
 
     Args:
         scores: [M, h, w] in 0..1; half precision is compared in single precision.
@@ -38,7 +38,8 @@ def exchange_map(scores: NDArray[Any], threshold: float) -> Mask:
         raise ValueError(f"scores have shape {list(scores.shape)}, wanted [M, h, w]")
     if not bool(np.all((scores >= 0) & (scores <= 1))):
         raise ValueError("scores leave 0..1")
-    return np.asarray(scores.astype(np.float32) < np.float32(threshold))
+    # theta = 1 substitutes every token, one whose score rounds to 1 too
+    return np.asarray((scores.astype(np.float32) < np.float32(threshold)) | (threshold >= 1))
 
 
 def donor_below(exchanged: Mask) -> Mask | None:
