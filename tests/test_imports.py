@@ -17,7 +17,7 @@ ROOMS: dict[str, set[str]] = {
     **{name: set() for name in ("errors", "components", "fusion", "data", "train", "report", "recipes")},
     "backbones": {"fusion"},
     "tasks": {"fusion", "backbones", "data", "train", "components"},
-    "api": {"tasks", "train", "backbones", "fusion", "data"},
+    "api": {"tasks", "train", "backbones", "fusion", "data", "components"},
     "recipe": {"api", "components"},
     "bench": {"api", "recipe", "components", "backbones"},
     "study": {"api", "recipe", "report"},

@@ -44,4 +44,5 @@ def test_shell_lines_outside_of_commands_are_known() -> None:
     recipes = {path.stem for path in (README.parent / "src" / "tokenfusion" / "recipes").glob("*.yaml")}
     named = set(re.findall(r"`((?:nyudv2|sunrgbd)-mit-b\d[\w-]*|toy-segmentation)`", text))
     assert named
+    assert not re.findall(r"^[A-Z]{4,}$", text, re.MULTILINE), "a placeholder"
     assert named <= recipes

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from torch import nn
 
+from tokenfusion.components import read_yaml
 from tokenfusion.errors import UserError, nearest
 from tokenfusion.train import FitResult
 
@@ -32,9 +32,14 @@ class Recipe(Protocol):
     seed: int
     fuser: dict[str, Any]
     data: Any
+    evaluation: Any
     train: Any
 
     def model_dump(self, *, mode: str) -> dict[str, Any]: ...
+
+
+class _AnyRecipe(BaseModel):
+    task: str
 
 
 def task_package(task: str) -> Any:
@@ -51,12 +56,10 @@ def recipe_of(run: Path) -> Recipe:
     file = run / "recipe.yaml"
     if not file.is_file():
         raise UserError(f"{run}: not a run folder (no recipe.yaml); wanted the --out of `tokenfusion train`")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        schema: type[BaseModel] = task_package(content["task"]).Recipe
-        return schema.model_validate(content)  # type: ignore[return-value]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, ValidationError) as error:
-        raise UserError(f"{file}: not a readable recipe ({' '.join(str(error).split())[:160]})") from None
+    task = read_yaml(file, _AnyRecipe).task
+    if task not in TASKS:
+        raise UserError(f"{file}: task is {task!r}; {nearest(task, TASKS)}")
+    return read_yaml(file, task_package(task).Recipe)
 
 
 def prepare(dataset: str, source: str | Path | None, out: str | Path, depth: str = "filled") -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -34,12 +33,12 @@ class Contestant(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What was measured; None where the device cannot tell."""
+    """What was measured of one contestant."""
 
     seconds: float  # forward: median over the rounds
     fastest: float
-    peak_mb: float | None  # forward, beyond the loaded model
-    training_peak_mb: float | None  # forward + backward
+    peak_mb: float  # forward, beyond the loaded model
+    training_peak_mb: float | None  # forward + backward; of the two that are compared
     parameters: int
     gflop: float  # forward, attention included
 
@@ -59,6 +58,8 @@ def bench(
         batch: batch size of the training pass; the forward pass runs at 1.
     """
     recipe = read_recipe(recipe_name, overrides)
+    if min(size) < 32:
+        raise UserError(f"--size is {size[0]}x{size[1]}; at least 32x32 is wanted")
     if recipe.task != "segmentation":
         raise UserError(f"{recipe_name}: bench knows segmentation only, this recipe is {recipe.task}")
     names = ["fused", "unfused", PEER, "fused bf16"] if _has_peer() else ["fused", "unfused", "fused bf16"]
@@ -66,7 +67,8 @@ def bench(
     seconds = _race({name: contestant(*arguments[name]) for name in names}, rounds)
     rows = {}
     for name in names:
-        peak, training = (_in_child(_peak, *arguments[name], n, train) for n, train in ((1, False), (batch, True)))
+        peak = _in_child(_peak, *arguments[name], 1, False)
+        training = _in_child(_peak, *arguments[name], batch, True) if name in ("fused", PEER) else None
         parameters, gflop = _size(contestant(*arguments[name]))
         rows[name] = Row(statistics.median(seconds[name]), min(seconds[name]), peak, training, parameters, gflop)
     return {
@@ -166,7 +168,7 @@ def _peak(
 ) -> float:
     """Megabytes that a pass takes beyond the loaded model; runs in a process of its own."""
     small = contestant(recipe_name, overrides, name, (64, 64), batch, training)
-    small.step()  # libraries and gradients are there before the measurement begins
+    small.step()  # what libraries set up on their first call is there before the measurement begins
     del small
     entry = contestant(recipe_name, overrides, name, size, batch, training)
     gc.collect()
@@ -175,10 +177,10 @@ def _peak(
         before = torch.cuda.memory_allocated()
         _run(entry, training)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    clear = Path("/proc/self/clear_refs")
-    if not clear.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    clear.write_text("5")  # Linux: start the high-water mark anew
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew
+    except OSError:
+        raise UserError("bench takes memory from Linux's /proc/self, which cannot be used here") from None
     before_kb = _status("VmRSS")
     _run(entry, training)
     return (_status("VmHWM") - before_kb) / 2**10

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tokenfusion.errors import UserError
+from tokenfusion.errors import UserError, nearest
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 out_console = Console(highlight=False)
@@ -82,6 +82,8 @@ def prepare(
     from tokenfusion import api
     from tokenfusion.data.folder import Folder
 
+    if dataset not in api.DATASETS:
+        raise UserError(f"no data set named {dataset!r}; {nearest(dataset, api.DATASETS)}")
     if verify:
         typer.echo(f"{out}: {Folder(out).verify(show_progress=True)} files as prepared")
         return
@@ -191,7 +193,7 @@ def bench(
     overrides: Overrides = None,
     size: Annotated[str, typer.Option(help="ROWSxCOLUMNS of the input.")] = "480x640",
     rounds: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 7,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
     as_json: Json = False,
 ) -> None:
     """Time, memory, parameters and FLOPs, beside the unfused streams and transformers' SegFormer."""
@@ -218,7 +220,7 @@ def bench(
             row["parameters"] / 1e6,
             row["gflop"],
         ]
-        table.add_row(name, *(f"{c:.3f}" if i < 2 else f"{c:.1f}" for i, c in enumerate(cells)))
+        table.add_row(name, *("" if c is None else f"{c:.{3 if i < 2 else 1}f}" for i, c in enumerate(cells)))
     out_console.print(table)
     for name, ratio in result["ratios"].items():
         typer.echo(f"{name}: {ratio:.3f}")
@@ -298,13 +300,19 @@ def _print_classes(metrics: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line and exit code 2; a traceback only with ``--debug``."""
+    """Entry point: a user's mistake is one line and exit code 2; a traceback only with ``--debug``, wherever it stands."""
+    debug = "--debug" in sys.argv
     try:
-        app()
-    except UserError as error:
-        if "--debug" in sys.argv:
+        app(args=[word for word in sys.argv[1:] if word != "--debug"])
+    except (UserError, OSError) as error:
+        if debug:
             raise
-        typer.echo(f"tokenfusion: {error}", err=True)
+        message = (
+            error
+            if isinstance(error, UserError)
+            else f"{error.filename or 'input or output'}: {error.strerror or error}"
+        )
+        typer.echo(f"tokenfusion: {message}", err=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -1,76 +1,116 @@
-"""Parts of a recipe: ``_target_: dotted.name`` plus its arguments, checked against the signature."""
+"""Parts of a recipe: ``_target_: dotted.name`` plus its arguments, checked against the signature; and its file."""
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
+import typing
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel
+from torch import nn
 
 from tokenfusion.errors import UserError, nearest
 
+M = TypeVar("M", bound=BaseModel)
 TARGET = "_target_"
+PARTS = ("tokenfusion.fusion.", "tokenfusion.backbones.", "tokenfusion.tasks.")  # where parts of networks live
+
+
+def read_yaml(file: Path, schema: type[M]) -> M:
+    """A YAML file, validated.
+
+    Raises:
+        UserError: where it is missing, damaged, or not what the schema wants.
+    """
+    try:
+        return schema.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+        raise UserError(
+            f"{file}: not readable as this program wrote it ({' '.join(str(error).split())[:160]})"
+        ) from None
 
 
 def find(name: str, key: str, trust: bool) -> Callable[..., Any]:
-    """The function or class of a dotted name.
+    """The class or function of a dotted name.
 
     Args:
         name: e.g. ``tokenfusion.backbones.mit.mit``.
         key: where it stands in the recipe, for the message.
-        trust: without it only names of this package are built, since a recipe may come with a downloaded checkpoint.
+        trust: without it only parts of networks that this package defines itself are found, since a recipe may come with a
+            downloaded checkpoint. What this package merely imports, or what does something else than make a part, is not.
 
     Raises:
-        UserError: where there is no such name, or it is foreign and not trusted.
+        UserError: where there is no such name, or it is not trusted.
     """
     module, _, attribute = name.rpartition(".")
-    if not trust and not name.startswith("tokenfusion."):
-        raise UserError(
-            f"{key}: {name} is not part of tokenfusion; add --trust if you know where this recipe comes from"
-        )
+    refusal = (
+        f"{key}: {name} is no part of a network of tokenfusion; add --trust if you know where this recipe comes from"
+    )
+    if not trust and not name.startswith(PARTS):
+        raise UserError(refusal)
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError):
         raise UserError(f"{key}: there is no {name!r}; wanted a dotted name that can be imported") from None
     if not callable(found):
         raise UserError(f"{key}: {name} is not a class or function")
+    if not trust and not _makes_a_part(found):
+        raise UserError(refusal)
     return found
 
 
+def _makes_a_part(found: Callable[..., Any]) -> bool:
+    """Whether this package defines it, as a torch module or as a function that says that it returns one."""
+    made = found if inspect.isclass(found) else typing.get_type_hints(found).get("return")
+    ours = str(getattr(found, "__module__", "")).startswith(PARTS)
+    return ours and inspect.isclass(made) and issubclass(made, nn.Module)
+
+
 def maker(spec: Mapping[str, Any], key: str, given: tuple[str, ...] = (), trust: bool = False) -> Callable[..., Any]:
-    """A component as a function of the arguments that the program supplies.
+    """A component as a function of the arguments that the program supplies; nothing is called before that.
 
     Args:
-        spec: ``{"_target_": name, argument: value, ...}``; nested specs are built.
+        spec: ``{"_target_": name, argument: value, ...}``; nested specs are built with it.
         key: where it stands in the recipe, e.g. ``fuser``.
         given: names of the arguments that are supplied later, by position or by name.
 
     Raises:
         UserError: unknown, missing or doubly given arguments, named with the nearest valid one.
     """
-    if TARGET not in spec:
-        raise UserError(f"{key}: wanted {TARGET}: dotted.name and its arguments, got {dict(spec)}")
+    if not isinstance(spec, Mapping) or TARGET not in spec:
+        raise UserError(f"{key}: wanted {TARGET}: dotted.name and its arguments, got {spec!r}")
     target = find(str(spec[TARGET]), f"{key}.{TARGET}", trust)
-    arguments = {
-        k: build(v, f"{key}.{k}", trust=trust) if isinstance(v, Mapping) and TARGET in v else v
-        for k, v in spec.items()
-        if k != TARGET
-    }
     parameters = inspect.signature(target).parameters
     open_names = [name for name in parameters if name not in given]
+    arguments = {name: value for name, value in spec.items() if name != TARGET}
     for name in arguments:
         if name not in open_names:
             raise UserError(f"{key}.{name}: {spec[TARGET]} takes no such argument; {nearest(name, open_names)}")
     for name in open_names:
         parameter = parameters[name]
-        required = parameter.default is parameter.empty and parameter.kind not in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-        )
-        if required and name not in arguments:
+        several = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.default is parameter.empty and not several and name not in arguments:
             raise UserError(f"{key}.{name}: {spec[TARGET]} needs this argument")
-    return functools.partial(target, **arguments)
+    nested = {
+        name: maker(value, f"{key}.{name}", trust=trust)
+        for name, value in arguments.items()
+        if isinstance(value, Mapping) and TARGET in value
+    }
+
+    def make(*positional: Any, **named: Any) -> Any:
+        built = {name: part() for name, part in nested.items()}
+        try:
+            return target(*positional, **named, **{**arguments, **built})
+        except UserError:
+            raise
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{key}: {spec[TARGET]}: {str(error).splitlines()[0]}") from error
+
+    return make
 
 
 def build(spec: Mapping[str, Any], key: str, trust: bool = False, **given: Any) -> Any:
@@ -79,10 +119,4 @@ def build(spec: Mapping[str, Any], key: str, trust: bool = False, **given: Any) 
     Raises:
         UserError: as :func:`maker`, and where the component itself refuses an argument's value.
     """
-    make = maker(spec, key, tuple(given), trust)
-    try:
-        return make(**given)
-    except UserError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{key}: {error}") from error
+    return maker(spec, key, tuple(given), trust)(**given)

@@ -20,7 +20,7 @@ from tokenfusion.backbones.weights import (
 )
 from tokenfusion.data.folder import Folder
 from tokenfusion.errors import UserError, nearest
-from tokenfusion.recipe import read_recipe
+from tokenfusion.recipe import read_recipe, validate
 
 SINGLE_MODAL = {"segformer": from_segformer, "hf-segformer": from_hf_segformer}
 KINDS = ("released-segmentation", *SINGLE_MODAL)
@@ -49,12 +49,16 @@ def convert(
     if kind not in KINDS:
         raise UserError(f"--from {kind}: unknown kind of checkpoint; {nearest(kind, KINDS)}")
     out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: exists and is not empty; choose a new folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not empty, or is no folder; choose a new one")
     source = read_checkpoint(file)
     if kind in SINGLE_MODAL:
         return _single(SINGLE_MODAL[kind](source), str(file), out)
-    return _released(from_released_segmentation(source), str(file), out, dataset, modalities)
+    try:
+        tensors = from_released_segmentation(source)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return _released(tensors, str(file), out, dataset, tuple(name.strip() for name in modalities))
 
 
 def _variant(depths: list[int], width: int, file: str) -> str:
@@ -101,17 +105,14 @@ def _released(tensors: StateDict, file: str, out: Path, dataset: str | Path | No
     folder = Folder(dataset)
     if len(folder.classes) != classes:
         raise UserError(f"{folder.file}: names {len(folder.classes)} classes, {file} has {classes}")
-    recipe = read_recipe(
-        "nyudv2-mit-b2-released",
-        [
-            f"model.backbone.variant={variant}",
-            f"model.head.width={width}",
-            f"data.modalities=[{', '.join(modalities)}]",
-            f"data.root={dataset}",
-            "model.weights=null",
-            f"description=converted from {Path(file).name}",
-        ],
-    )
+    folder.select(modalities)
+    content = read_recipe("nyudv2-mit-b2-released").model_dump(mode="json")
+    content["description"] = f"converted from {Path(file).name}"
+    content["data"] |= {"root": str(dataset), "modalities": list(modalities)}
+    content["model"] |= {"weights": None}
+    content["model"]["backbone"] |= {"variant": variant}
+    content["model"]["head"] |= {"width": width}
+    recipe = validate(content, file)
     task_package(recipe.task).save(recipe, folder.spec, tensors, out)
     return (
         f"TokenFusion segmentation, MiT-{variant.upper()}, {classes} classes, {', '.join(modalities)}\nwritten: {out}"

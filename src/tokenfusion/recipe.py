@@ -61,7 +61,7 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
             parsed = yaml.load(value, _Loader)
         except yaml.YAMLError:
             raise UserError(f"{override!r}: {value!r} is not YAML") from None
-        content = _merge(content, _nested(key.split("."), parsed), override)
+        content = _merge(content, _nested(key.split("."), parsed))
     return validate(content, str(path))
 
 
@@ -81,7 +81,7 @@ def validate(content: Mapping[str, Any], source: str) -> Recipe:
     """Check every key and value; short fuser names are spelt out."""
     content = dict(content)
     task = content.setdefault("task", "segmentation")
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise UserError(f"{source}: task is {task!r}; {nearest(str(task), TASKS)}")
     content["fuser"] = _fuser(content.get("fuser"), source)
     package = task_package(task)
@@ -94,7 +94,9 @@ def validate(content: Mapping[str, Any], source: str) -> Recipe:
         spec: Any = recipe
         for part in key.split("."):
             spec = getattr(spec, part)
-        if str(spec.get(TARGET, "tokenfusion.")).startswith("tokenfusion."):  # others wait for --trust
+        if str(spec.get(TARGET, "tokenfusion.")).startswith(
+            "tokenfusion."
+        ):  # others are checked where --trust is known
             maker(spec, f"{source}: {key}", given)
     return recipe  # type: ignore[return-value]
 
@@ -124,7 +126,8 @@ def _with_base(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return content
     if path in seen:
         raise UserError(f"{path}: base leads back to itself")
-    return _merge(_with_base(find(str(base)), (*seen, path)), content, str(path))
+    beside = path.parent / str(base)
+    return _merge(_with_base(beside if beside.is_file() else find(str(base)), (*seen, path)), content)
 
 
 def _nested(keys: list[str], value: Any) -> dict[str, Any]:
@@ -133,15 +136,15 @@ def _nested(keys: list[str], value: Any) -> dict[str, Any]:
     return value
 
 
-def _merge(old: Any, new: Any, source: str) -> Any:
+def _merge(old: Any, new: Any, key: str = "") -> Any:
     """``new`` over ``old``: sections merge key by key; another component or fuser name replaces the old one whole."""
-    if isinstance(old, str) and isinstance(new, Mapping) and TARGET not in new:
-        old = _fuser(old, source)  # fuser.threshold=0.1 on a recipe that names its fuser by one word
+    if key == "fuser" and isinstance(old, str) and isinstance(new, Mapping) and TARGET not in new:
+        old = _fuser(old, "recipe")  # fuser.threshold=0.1 on a recipe that names its fuser by one word
     if not isinstance(old, Mapping) or not isinstance(new, Mapping):
         return new
     if TARGET in new and new[TARGET] != old.get(TARGET):
         return dict(new)
-    return {**old, **{k: _merge(old[k], v, source) if k in old else v for k, v in new.items()}}
+    return {**old, **{k: _merge(old[k], v, k) if k in old else v for k, v in new.items()}}
 
 
 def _one_line(error: ValidationError, schema: type[BaseModel]) -> str:

@@ -42,7 +42,12 @@ def methods(recipe: str, overrides: Sequence[str], seeds: int, out: Path, jobs: 
     Raises:
         UserError: where a run fails; its log is named. The others are finished first.
     """
+    for override in overrides:
+        if override.partition("=")[0] in ("fuser", "seed"):
+            raise UserError(f"{override}: is what this study varies; leave it out")
     names = read_recipe(recipe, overrides).data.modalities
+    if len(names) < 2:
+        raise UserError(f"data.modalities: has {names[0]} alone; a study of fusion wants two at least")
     rows = [Method(f"{name} only", (f"data.modalities=[{name}]", "fuser=none")) for name in names]
     rows += [Method("late ensemble", ("fuser=none",)), Method("concat", ("fuser=concat",)), Method("TokenFusion", ())]
     runs = {
@@ -53,7 +58,7 @@ def methods(recipe: str, overrides: Sequence[str], seeds: int, out: Path, jobs: 
     arguments = {
         runs[row.title, seed]: [recipe, *overrides, *row.overrides, f"seed={seed}"]
         for seed in range(seeds)
-        for row in rows
+        for row in reversed(rows)  # the long ones first: no core waits for them at the end
     }
     _run_all(arguments, jobs)
     results = {row.title: [runs[row.title, seed] for seed in range(seeds)] for row in rows}
@@ -90,9 +95,13 @@ def _run_all(arguments: dict[Path, list[str]], jobs: int) -> None:
 
 def _is_done(run: Path, words: list[str]) -> bool:
     """Whether a run has ended, and with this very recipe; another one is left to ``train`` to refuse."""
-    if not (run / "metrics.json").is_file():
+    try:
+        found, recipe = _figures(run), read_recipe(words[0], words[1:])
+        judged = (found["split"], found["checkpoint"], found["step"], found["protocol"])
+    except (OSError, ValueError, KeyError):
         return False
-    return recipe_of(run).model_dump(mode="json") == read_recipe(words[0], words[1:]).model_dump(mode="json")
+    wanted = (recipe.data.val, "last", recipe.train.steps, str(recipe.evaluation))
+    return judged == wanted and recipe_of(run).model_dump(mode="json") == recipe.model_dump(mode="json")
 
 
 def _figures(run: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenfusion.backbones.mit import MiT, MiTBlock, to_map
+from tokenfusion.errors import UserError
 from tokenfusion.fusion.alignment import LearnedPosition
 from tokenfusion.fusion.exchange import ExchangeRates
 from tokenfusion.fusion.fusers import Context, Fuser, NoFusion
@@ -112,6 +113,11 @@ class FusedBackbone(nn.Module):
         if any(x.shape != some.shape for x in inputs.values()):
             shapes = {name: tuple(x.shape) for name, x in inputs.items()}
             raise ValueError(f"aligned modalities must have one shape; got {shapes}")
+        if min(some.shape[-2:]) < self.backbone.smallest:
+            size = f"{some.shape[-2]}x{some.shape[-1]}"
+            raise UserError(
+                f"an image of {size} pixels is too small: at least {self.backbone.smallest}x{self.backbone.smallest} is wanted"
+            )
         x = torch.stack([inputs.get(name, torch.zeros_like(some)) for name in self.modalities])
         if len(inputs) == len(self.modalities):
             return x, None

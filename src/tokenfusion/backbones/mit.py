@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
+from tokenfusion.fusion.memory import recomputed
+
 Grid = tuple[int, int]
 
 WIDTHS = {"b0": (32, 64, 160, 256)}  # all others: 64 128 320 512
@@ -87,7 +89,7 @@ class MixMLP(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         x = self.dwconv(to_map(self.fc1(x), grid))
-        return self.fc2(to_tokens(F.gelu(x)))
+        return recomputed(lambda hidden: self.fc2(F.gelu(hidden)), to_tokens(x), self.training)
 
 
 class MiTBlock(nn.Module):

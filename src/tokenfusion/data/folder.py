@@ -122,6 +122,15 @@ class DatasetSpec(BaseModel):
             raise ValueError(f"crop is {list(self.crop)}; wanted [row0, row1, col0, col1], each pair rising from 0 on")
         return self
 
+    @property
+    def palette(self) -> np.ndarray:
+        """uint8 [K, 3]: a colour per class, a default one where none is named."""
+        colours = default_palette(len(self.classes))
+        for index, entry in enumerate(self.classes):
+            if entry.color is not None:
+                colours[index] = entry.color
+        return colours
+
 
 class Folder:
     """A data set on disk. ``path`` is its folder, or a dataset.yaml that points to one.
@@ -154,11 +163,7 @@ class Folder:
     @property
     def palette(self) -> np.ndarray:
         """uint8 [K, 3]: the colours of dataset.yaml, and well separated ones where it names none."""
-        colours = default_palette(len(self.spec.classes))
-        for index, entry in enumerate(self.spec.classes):
-            if entry.color is not None:
-                colours[index] = entry.color
-        return colours
+        return self.spec.palette
 
     def ids(self, split: str) -> list[str]:
         """The ids of a split in the order of its file."""

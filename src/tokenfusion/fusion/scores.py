@@ -8,6 +8,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from tokenfusion.fusion.memory import recomputed
 from tokenfusion.fusion.modality import split
 
 Reduction = Literal["sum", "mean"]
@@ -51,7 +52,8 @@ class ScorePredictor(nn.Module):
                 nn.init.constant_(last.bias[:1], init_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = torch.cat([net(stream) for net, stream in zip(self.nets, x.unbind(0), strict=True)])
+        pairs = zip(self.nets, x.unbind(0), strict=True)
+        logits = torch.cat([recomputed(net, stream, self.training) for net, stream in pairs])
         return split(torch.sigmoid(logits[..., 0] - logits[..., 1]), x.shape[0])
 
 

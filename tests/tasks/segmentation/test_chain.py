@@ -21,6 +21,7 @@ import tokenfusion
 from tokenfusion import api
 from tokenfusion.cli import main
 from tokenfusion.data import Folder
+from tokenfusion.tasks.segmentation.inference import infer
 from tokenfusion.tasks.segmentation.metrics import confusion_matrix, segmentation_scores
 
 SMALL = ["train.steps=6", "train.batch_size=2", "train.log_every=2", "train.checkpoint_every=2", "train.warmup_steps=1"]
@@ -212,6 +213,10 @@ def test_a_mistake_is_one_line_that_names_the_file(
 def test_mistakes_in_recipes_and_runs(
     run: Path, rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    photo, without_labels = _image(tmp_path / "photo.png", (64, 96, 3)), tmp_path / "bare"
+    shutil.copytree(rooms, without_labels)
+    spec = yaml.safe_load((without_labels / "dataset.yaml").read_text())
+    (without_labels / "dataset.yaml").write_text(yaml.safe_dump({k: v for k, v in spec.items() if k != "target"}))
     cases = [
         (["train", "toy-segmentaton"], "toy-segmentation"),
         (["train", "toy-segmentation", "train.step=3"], "'steps'"),
@@ -222,6 +227,26 @@ def test_mistakes_in_recipes_and_runs(
         (["train", "toy-segmentation", "data.root=nowhere"], "nowhere"),
         (["train", "toy-segmentation", f"data.root={rooms}", "data.modalities=[rgb, lidar]"], "lidar"),
         (["train", "toy-segmentation", f"data.root={rooms}", "data.crop=[64, 96]", "--out", run], "another recipe"),
+        (["train", "toy-segmentation", "task=[a]"], "segmentation"),
+        (["train", "toy-segmentation", "data.root={a: b}"], "data.root"),
+        (["train", "toy-segmentation", "evaluation.scales=[0]"], "evaluation.scales"),
+        (
+            [
+                "train",
+                "toy-segmentation",
+                f"data.root={rooms}",
+                "data.resize=[8, 8]",
+                *SMALL,
+                "--out",
+                tmp_path / "tiny",
+            ],
+            "32x32",
+        ),
+        (["eval", run, "--data", without_labels], "needs a target"),
+        (["predict", run, "rgb=a.png", "--split", "val"], "--split"),
+        (["predict", run, f"rgb={photo}", "--out", photo], "photo.png"),
+        (["bench", "nyudv2-mit-b2", "--size", "8x8"], "32x32"),
+        (["study", "methods", "fuser=concat"], "fuser=concat"),
         (["eval", tmp_path], "not a run folder"),
         (["eval", run, "--split", "test"], "test"),
         (["predict", run], "rgb=a.jpg"),
@@ -245,6 +270,68 @@ def test_a_recipe_of_others_builds_nothing_foreign(
     (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert "--trust" in command("eval", copy, code=2, capsys=capsys)
     assert not (tmp_path / "owned").exists()
+
+
+def test_only_parts_that_this_package_defines_are_built(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A library's function that can be reached through this package is not one of its parts, not even for ``show``."""
+    victim = tmp_path / "victim.txt"
+    victim.write_text("mine")
+    for target in ("tokenfusion.convert.save_file", "tokenfusion.tasks.segmentation.run.Path", "tokenfusion.api.load"):
+        evil = tmp_path / "evil.yaml"
+        part = {"_target_": target, "tensors": {}, "filename": str(victim)}
+        evil.write_text(yaml.safe_dump({"base": "toy-segmentation", "fuser": {"threshold": part}}))
+        assert "--trust" in command("show", evil, code=2, capsys=capsys)
+        evil.write_text(yaml.safe_dump({"base": "toy-segmentation", "model": {"backbone": part}}))
+        assert "--trust" in command("show", evil, code=2, capsys=capsys)
+    assert victim.read_text() == "mine"
+
+
+def test_predict_spares_its_inputs_and_writes_all_or_nothing(
+    run: Path, rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = _image(tmp_path / "a.png", (64, 96, 3))
+    before = photo.read_bytes()
+    assert "a.png" in command("predict", run, f"rgb={photo}", "--out", tmp_path, code=2, capsys=capsys)
+    assert photo.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    copy = tmp_path / "rooms"
+    shutil.copytree(rooms, copy)
+    second = copy / "rgb" / f"{Folder(copy).ids('val')[1]}.png"
+    second.write_bytes(second.read_bytes()[:80])
+    message = command(
+        "predict", run, "--data", copy, "--split", "val", "--out", tmp_path / "out", code=2, capsys=capsys
+    )
+    assert second.name in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_scale_other_than_one_is_used(run: Path) -> None:
+    recipe = api.recipe_of(run)
+    model = tokenfusion.load(run)
+    image = {name: torch.randn(3, 64, 96) for name in ("rgb", "depth")}
+    plain, half = (
+        infer(model, image, (64, 96), recipe.evaluation.model_copy(update={"scales": scales})).predictions["ensemble"]
+        for scales in ((1.0,), (0.5,))
+    )
+    assert not torch.equal(plain, half)
+
+
+def test_a_run_is_lengthened_but_not_given_other_classes(rooms: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "rooms"
+    shutil.copytree(rooms, copy)
+    words = [f"data.root={copy}", "data.crop=[64, 96]", "train.batch_size=2", "train.warmup_steps=1"]
+    api.train(tokenfusion.read_recipe("toy-segmentation", [*words, "train.steps=1"]), tmp_path / "run")
+    longer = tokenfusion.read_recipe("toy-segmentation", [*words, "train.steps=2"])
+    assert api.train(longer, tmp_path / "run").steps == 2
+    before = (tmp_path / "run" / "dataset.yaml").read_text()
+    spec = yaml.safe_load((copy / "dataset.yaml").read_text())
+    spec["classes"].reverse()
+    (copy / "dataset.yaml").write_text(yaml.safe_dump(spec))
+    with pytest.raises(tokenfusion.UserError, match="other classes"):
+        api.train(longer, tmp_path / "run")
+    assert (tmp_path / "run" / "dataset.yaml").read_text() == before
 
 
 def test_a_label_out_of_range_is_named(rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,7 +26,7 @@ class Evaluation(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    scales: tuple[float, ...] = Field((1.0,), min_length=1)
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0,), min_length=1)
     flip: bool = False
     upsample: Literal["bilinear", "bicubic"] = "bilinear"
 
@@ -35,7 +35,7 @@ class Evaluation(BaseModel):
         return f"{scales}{' + flip' if self.flip else ''}, {self.upsample} to label size, batch 1, fp32"
 
 
-MULTI_SCALE = Evaluation(scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), flip=True)
+MULTI_SCALE = {"scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75), "flip": True}
 
 
 class Inference(NamedTuple):
@@ -66,7 +66,7 @@ def infer(model: FusedSegmenter, inputs: Mapping[str, Tensor], size: Sequence[in
         plain = model(batch)
         streams = {**plain.logits, "ensemble": plain.ensemble}
         total = {name: _upsample(x, size, protocol) for name, x in streams.items()}
-        if len(protocol.scales) > 1 or protocol.flip:
+        if protocol.scales != (1.0,) or protocol.flip:
             total = _many_views(model, batch, size, protocol)
     return Inference({name: x[0].argmax(0) for name, x in total.items()}, plain.scores)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from tokenfusion.components import read_yaml
 from tokenfusion.data.augment import collate
 from tokenfusion.data.folder import DatasetSpec, Folder
 from tokenfusion.errors import UserError
@@ -22,9 +23,12 @@ from tokenfusion.tasks.segmentation.predict import Predictor
 from tokenfusion.tasks.segmentation.samples import write_samples
 from tokenfusion.tasks.segmentation.settings import SegmentationRecipe
 from tokenfusion.tasks.segmentation.task import SegmentationTask, build_model, frames, load_pretrained
-from tokenfusion.train import Checkpoints, Engine, FitResult, fit, load_model
+from tokenfusion.train import WITHOUT_EFFECT_ON_WEIGHTS, Checkpoints, Engine, FitResult, fit, load_model
 
-MAY_CHANGE = {("data", "root"), ("train", "devices"), ("train", "workers"), ("description",)}  # and a run still goes on
+# what may change when a run goes on
+MAY_CHANGE = {("data", "root"), ("description",), ("train", "steps")} | {
+    ("train", key) for key in WITHOUT_EFFECT_ON_WEIGHTS
+}
 SAMPLES = 6
 
 
@@ -35,10 +39,11 @@ def train(recipe: SegmentationRecipe, out: Path, trust: bool = False) -> FitResu
         raise UserError(f"{folder.file}: training needs a target")
     training, validation = frames(recipe, folder, recipe.data.train, True), frames(recipe, folder, recipe.data.val)
     model = build_model(recipe, len(folder.classes), trust)
-    fresh = not any((out / "checkpoints").glob("step-*"))
-    _settle(recipe, folder.spec, out)
-    if fresh and recipe.model.weights is not None:
+    if any((out / "checkpoints").glob("step-*")):
+        _check_same(recipe, folder.spec, out)
+    elif recipe.model.weights is not None:
         print(load_pretrained(model, recipe.model.weights))
+    _settle(recipe, folder.spec, out)
     task = SegmentationTask(model, recipe)
 
     def judge(engine: Engine) -> dict[str, float]:
@@ -47,7 +52,6 @@ def train(recipe: SegmentationRecipe, out: Path, trust: bool = False) -> FitResu
 
     result = fit(task, training, out, recipe.train, seed=recipe.seed, evaluate=judge, collate=collate)
     if result.is_first:
-        write_samples(task.model, validation, recipe.evaluation, out / "samples", SAMPLES)
         evaluate(out, recipe, None, None, False, "last", trust)
     return result
 
@@ -70,22 +74,22 @@ def _streams(result: Result) -> dict[str, dict[str, float]]:
     return streams
 
 
+def _check_same(recipe: SegmentationRecipe, dataset: DatasetSpec, out: Path) -> None:
+    """A run goes on only with its own recipe and classes."""
+    old = read_yaml(out / "recipe.yaml", SegmentationRecipe).model_dump(mode="json")
+    different = [key for key in _differences(old, recipe.model_dump(mode="json")) if key not in MAY_CHANGE]
+    if different:
+        keys = ", ".join(".".join(key) for key in different[:5])
+        raise UserError(f"{out}: holds a run of another recipe (different: {keys}); choose another --out")
+    if [entry.name for entry in _dataset(out).classes] != [entry.name for entry in dataset.classes]:
+        raise UserError(f"{out}: this run knows other classes than {dataset.name} has now; choose another --out")
+
+
 def _settle(recipe: SegmentationRecipe, dataset: DatasetSpec, out: Path) -> None:
-    """Write recipe.yaml and dataset.yaml; a run folder of another recipe is not continued."""
-    new = recipe.model_dump(mode="json")
-    file = out / "recipe.yaml"
-    if file.is_file():
-        try:
-            old = SegmentationRecipe.model_validate(yaml.safe_load(file.read_text())).model_dump(mode="json")
-        except ValueError as error:
-            raise UserError(f"{file}: not a readable recipe ({' '.join(str(error).split())[:160]})") from None
-        different = [key for key in _differences(old, new) if key not in MAY_CHANGE]
-        if different:
-            keys = ", ".join(".".join(key) for key in different[:5])
-            raise UserError(f"{out}: holds a run of another recipe (different: {keys}); choose another --out")
+    """Write recipe.yaml and dataset.yaml."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write(file, new)
+        _write(out / "recipe.yaml", recipe.model_dump(mode="json"))
         _write(out / "dataset.yaml", dataset.model_dump(mode="json", exclude_unset=True))
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
@@ -108,10 +112,17 @@ def _differences(old: Any, new: Any, place: tuple[str, ...] = ()) -> list[tuple[
 
 
 def load(
-    run: Path, recipe: SegmentationRecipe, checkpoint: str = "last", trust: bool = False
+    run: Path,
+    recipe: SegmentationRecipe,
+    checkpoint: str = "last",
+    trust: bool = False,
+    device: str | torch.device = "cpu",
 ) -> tuple[FusedSegmenter, DatasetSpec, dict[str, Any]]:
     """The trained model in eval mode, the data set's description and the checkpoint's state."""
     dataset = _dataset(run)
+    missing = [name for name in recipe.data.modalities if name not in dataset.modalities]
+    if missing:
+        raise UserError(f"{run / 'dataset.yaml'}: has no modality {missing[0]!r}, which recipe.yaml names")
     model = build_model(recipe, len(dataset.classes), trust)
     if checkpoint not in ("last", "best"):
         raise UserError(f"--checkpoint is {checkpoint!r}; wanted last or best")
@@ -122,8 +133,12 @@ def load(
         raise UserError(
             f"{run}: the checkpoint does not fit recipe.yaml ({str(error).splitlines()[1].strip()})"
         ) from None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), dataset, state
+
+
+def _device(recipe: SegmentationRecipe) -> str:
+    """Where training judged the model too."""
+    return "cuda" if recipe.train.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def save(recipe: SegmentationRecipe, dataset: DatasetSpec, tensors: Mapping[str, torch.Tensor], out: Path) -> None:
@@ -143,11 +158,7 @@ def save(recipe: SegmentationRecipe, dataset: DatasetSpec, tensors: Mapping[str,
 
 
 def _dataset(run: Path) -> DatasetSpec:
-    file = run / "dataset.yaml"
-    try:
-        return DatasetSpec.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: not readable ({' '.join(str(error).split())[:160]})") from None
+    return read_yaml(run / "dataset.yaml", DatasetSpec)
 
 
 def evaluate(
@@ -159,14 +170,22 @@ def evaluate(
     checkpoint: str = "last",
     trust: bool = False,
 ) -> dict[str, Any]:
-    """Judge a run on a split and write ``metrics.json``."""
-    model, dataset, state = load(run, recipe, checkpoint, trust)
+    """Judge a run on a split and write ``metrics.json``; on the recipe's own split ``samples/`` too."""
+    model, dataset, state = load(run, recipe, checkpoint, trust, _device(recipe))
+    if data is None and not Path(recipe.data.root).exists():
+        raise UserError(
+            f"{run / 'recipe.yaml'}: data.root {recipe.data.root} is not found from here; say --data FOLDER"
+        )
     folder = Folder(data or recipe.data.root)
+    if not folder.has_target:
+        raise UserError(f"{folder.file}: evaluation needs a target; predict does without")
     if folder.classes != [entry.name for entry in dataset.classes]:
         raise UserError(f"{folder.file}: has other classes than the data that this run was trained on")
+    is_own = data is None and split in (None, recipe.data.val) and not multi_scale and checkpoint == "last"
     split = split or recipe.data.val
-    protocol = MULTI_SCALE if multi_scale else recipe.evaluation
-    result = evaluate_frames(model, frames(recipe, folder, split), len(folder.classes), protocol)
+    protocol = recipe.evaluation.model_copy(update=MULTI_SCALE) if multi_scale else recipe.evaluation
+    judged = frames(recipe, folder, split)
+    result = evaluate_frames(model, judged, len(folder.classes), protocol)
     per_class = {name: segmentation_scores(matrix) for name, matrix in result.confusion.items()}
     content = {
         "task": "segmentation",
@@ -186,6 +205,8 @@ def evaluate(
     part = run / ".metrics.json.partial"
     part.write_text(json.dumps(content, indent=1), encoding="utf-8")
     os.replace(part, run / "metrics.json")
+    if is_own:
+        write_samples(model, judged, protocol, run / "samples", SAMPLES)
     return content
 
 
@@ -212,7 +233,9 @@ def predict(
     """Predict on single files or a data set folder; returns the written files."""
     if (files is None) == (data is None):
         raise UserError("predict wants either files (rgb=a.jpg depth=a.png) or --data FOLDER")
-    model, dataset, _ = load(run, recipe, checkpoint, trust)
+    if files is not None and split is not None:
+        raise UserError("--split belongs to --data; single files have none")
+    model, dataset, _ = load(run, recipe, checkpoint, trust, _device(recipe))
     predictor = Predictor(model, dataset, recipe.evaluation, recipe.data.resize)
     if files is not None:
         return predictor.files({name: Path(path) for name, path in files.items()}, out)

@@ -67,7 +67,7 @@ class SegmentationRecipe(Section):
 
     description: str = ""
     task: Literal["segmentation"] = "segmentation"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     data: DataSettings
     model: ModelSettings
     fuser: Component
