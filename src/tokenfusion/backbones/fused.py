@@ -104,6 +104,13 @@ class FusedBackbone(nn.Module):
             for name, (s, b), scores in zip(self.block_names(), self.fused_blocks(), features_scores, strict=True)
         }
 
+    def check_size(self, shape: Sequence[int]) -> None:
+        """Raise a UserError where images ``[..., H, W]`` are too small for the pyramid."""
+        smallest = self.backbone.smallest
+        if min(shape[-2:]) < smallest:
+            size = f"{shape[-2]}x{shape[-1]}"
+            raise UserError(f"an image of {size} pixels is too small: at least {smallest}x{smallest} is wanted")
+
     def stack(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """``{name: [B, 3, H, W]} -> [M, B, 3, H, W]`` and, where a name is missing, present ``[M, B]``."""
         unknown = [name for name in inputs if name not in self.modalities]
@@ -113,11 +120,7 @@ class FusedBackbone(nn.Module):
         if any(x.shape != some.shape for x in inputs.values()):
             shapes = {name: tuple(x.shape) for name, x in inputs.items()}
             raise ValueError(f"aligned modalities must have one shape; got {shapes}")
-        if min(some.shape[-2:]) < self.backbone.smallest:
-            size = f"{some.shape[-2]}x{some.shape[-1]}"
-            raise UserError(
-                f"an image of {size} pixels is too small: at least {self.backbone.smallest}x{self.backbone.smallest} is wanted"
-            )
+        self.check_size(some.shape)
         x = torch.stack([inputs.get(name, torch.zeros_like(some)) for name in self.modalities])
         if len(inputs) == len(self.modalities):
             return x, None

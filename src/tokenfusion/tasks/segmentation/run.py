@@ -39,6 +39,7 @@ def train(recipe: SegmentationRecipe, out: Path, trust: bool = False) -> FitResu
         raise UserError(f"{folder.file}: training needs a target")
     training, validation = frames(recipe, folder, recipe.data.train, True), frames(recipe, folder, recipe.data.val)
     model = build_model(recipe, len(folder.classes), trust)
+    model.backbone.check_size(next(iter(validation[0].inputs.values())).shape)  # now, and not after the last step
     if any((out / "checkpoints").glob("step-*")):
         _check_same(recipe, folder.spec, out)
     elif recipe.model.weights is not None:
