@@ -92,7 +92,7 @@ def test_patterns_find(pattern: re.Pattern[str], text: str) -> None:
     assert pattern.search(text)
 
 
-@pytest.mark.parametrize("text", ["https://example.org/home/page", "$HOME/tmp/x", "runs/work/a", "~/work/data"])
+@pytest.mark.parametrize("text", ["https://example.org/home/page", "$HOME/tmp/x", "runs/home/a", "~/home/data"])
 def test_machine_path_spares(text: str) -> None:
     assert not MACHINE_PATH.search(text)
 
