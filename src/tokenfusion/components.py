@@ -1,4 +1,4 @@
-"""Parts of a recipe: ``_target_: dotted.name`` plus its arguments, checked against the signature; and its file."""
+"""Parts of a recipe: ``_target_: dotted.name`` plus its arguments, checked against the signature; and text files."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ def read_yaml(file: Path, schema: type[M]) -> M:
         raise UserError(
             f"{file}: not readable as this program wrote it ({' '.join(str(error).split())[:160]})"
         ) from None
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all: under another name first, then renamed."""
+    part = file.with_name(f".{file.name}.partial")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
 
 
 def find(name: str, key: str, trust: bool) -> Callable[..., Any]:

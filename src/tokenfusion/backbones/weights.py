@@ -18,8 +18,17 @@ from torch import Tensor, nn
 from tokenfusion.errors import UserError
 
 StateDict = dict[str, Tensor]
-DAMAGE = (OSError, RuntimeError, EOFError, LookupError, ValueError, struct.error)
-UNREADABLE = (SafetensorError, pickle.UnpicklingError, *DAMAGE)
+# what the readers raise over a damaged file
+UNREADABLE = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    struct.error,
+    OSError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ValueError,
+)
 # A metric that numpy computed is stored beside the weights of some files: a plain number.
 NUMPY_FIGURES: list[Any] = [
     np.float64(0).__reduce__()[0],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from tokenfusion.components import read_yaml
+from tokenfusion.components import read_yaml, write_text
 from tokenfusion.data.augment import collate
 from tokenfusion.data.folder import DatasetSpec, Folder
 from tokenfusion.errors import UserError
@@ -97,12 +96,10 @@ def _settle(recipe: SegmentationRecipe, dataset: DatasetSpec, out: Path) -> None
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:
-    """Whole or not at all, and only where it says something new: of several processes the first has written it."""
+    """Only where it says something new: of several processes the first has written it."""
     text = yaml.safe_dump(content, sort_keys=False)
     if not file.is_file() or file.read_text(encoding="utf-8") != text:
-        part = file.with_name(f".{file.name}.partial")
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, file)
+        write_text(file, text)
 
 
 def _differences(old: Any, new: Any, place: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -203,9 +200,7 @@ def evaluate(
         "checkpoint": checkpoint,
         "step": state["step"],
     }
-    part = run / ".metrics.json.partial"
-    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(part, run / "metrics.json")
+    write_text(run / "metrics.json", json.dumps(content, indent=1))
     if is_own:
         write_samples(model, judged, protocol, run / "samples", SAMPLES)
     return content

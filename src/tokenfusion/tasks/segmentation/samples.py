@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from tokenfusion.backbones.fused import FusedBackbone
+from tokenfusion.components import write_text
 from tokenfusion.data.augment import Frames
 from tokenfusion.tasks.segmentation.inference import Evaluation, infer
 from tokenfusion.tasks.segmentation.metrics import IGNORE
@@ -62,9 +62,7 @@ def write_samples(model: FusedSegmenter, frames: Frames, protocol: Evaluation, o
         "classes": classes,
         "ignore": IGNORE,
     }
-    temporary = out / ".index.json.partial"
-    temporary.write_text(json.dumps(index_file, indent=1))
-    os.replace(temporary, out / "index.json")
+    write_text(out / "index.json", json.dumps(index_file, indent=1))
 
 
 def save_npz(path: Path, arrays: Mapping[str, np.ndarray | np.generic]) -> None:
@@ -72,4 +70,4 @@ def save_npz(path: Path, arrays: Mapping[str, np.ndarray | np.generic]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    os.replace(temporary, path)
+    temporary.replace(path)
