@@ -25,10 +25,10 @@ def test_bench_rows_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_flops_against_a_count_by_hand() -> None:
     """The first score network at 64 x 96 of MiT-B0: 2 modalities, 384 tokens, 32 -> 32 -> 16 -> 8 -> 2."""
-    from tokenfusion.bench import _size
+    from tokenfusion.bench import _gflop
 
-    with_scores = _size(contestant("nyudv2-mit-b2", SMALL, "fused", (64, 96)))[1]
-    without = _size(contestant("nyudv2-mit-b2", SMALL, "unfused", (64, 96)))[1]
+    with_scores = _gflop(contestant("nyudv2-mit-b2", SMALL, "fused", (64, 96)))
+    without = _gflop(contestant("nyudv2-mit-b2", SMALL, "unfused", (64, 96)))
     tokens, total = 16 * 24, 0
     for width, blocks, scale in ((32, 2, 1), (64, 2, 4), (160, 2, 16), (256, 2, 64)):
         per_token = width * width + width * width // 2 + width // 2 * width // 4 + width // 4 * 2

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 import tokenfusion
 from tokenfusion import api, study
@@ -28,7 +29,7 @@ def test_ls_names_everything(capsys: pytest.CaptureFixture[str], monkeypatch: py
     content = json.loads(output(capsys, monkeypatch, "ls", "--json"))
     assert content["recipes"].keys() == shipped().keys()
     assert {"none", "concat", "average", "random", "tokenfusion"} <= content["fusers"].keys()
-    assert {"nyudv2", "sunrgbd", "rooms"} == content["datasets"].keys()
+    assert {"nyudv2", "sunrgbd", "taskonomy", "rooms"} == content["datasets"].keys()
     assert all(content["recipes"].values())
     assert "nyudv2-mit-b3" in output(capsys, monkeypatch, "ls")
 
@@ -40,6 +41,32 @@ def test_show_prints_a_recipe_that_can_be_read_again(
     assert yaml.safe_load(text)["train"]["lr"] == 1e-4
     (tmp_path / "mine.yaml").write_text(text)
     assert output(capsys, monkeypatch, "show", str(tmp_path / "mine.yaml")) == text
+
+
+def test_prepare_takes_only_options_of_its_data_set(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for point in range(3):
+        for domain in ("rgb", "normal"):
+            image = Image.new("RGB", (8, 6), (point, 90, 200))
+            image.save(tmp_path / f"point_{point}_view_0_domain_{domain}.png")
+    words = [
+        "prepare",
+        "taskonomy",
+        "--source",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+        "--domains",
+        "rgb, normal",
+    ]
+    assert "views: 3" in output(capsys, monkeypatch, *words)
+    assert "10 files as prepared" in output(capsys, monkeypatch, *words, "--verify")
+    monkeypatch.setattr(sys, "argv", ["tokenfusion", *words[:4], "--out", str(tmp_path / "more"), "--height", "5"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "--height is no option of prepare taskonomy" in capsys.readouterr().err
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,3 +105,32 @@ def test_methods_study_trains_skips_and_tabulates(tmp_path: Path, monkeypatch: p
 def _in_this_process(arguments: dict[Path, list[str]], jobs: int) -> None:
     for run, words in arguments.items():
         api.train(tokenfusion.read_recipe(words[0], words[1:]), run)
+
+
+def test_eval_prints_the_primary_figure_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    row = {"mse": 0.01, "mae": 0.0812, "mae_m": 0.2141, "contrast": 0.9}
+    metrics = {"dataset": "rooms", "split": "val", "images": 3, "step": 9, "protocol": "standard", "target": "depth",
+               "primary": "mae", "streams": {"shade": row, "ensemble": row | {"mae": None}}}  # fmt: skip
+    monkeypatch.setattr(api, "evaluate", lambda *_: metrics)
+    lines = output(capsys, monkeypatch, "eval", str(tmp_path)).splitlines()
+    assert "rooms val, 3 images, step 9, target depth" in lines[0]
+    words = [line.replace("┃", " ").replace("│", " ").split() for line in lines]
+    assert ["stream", "MAE", "MSE", "MAE,", "m", "Contrast"] in words
+    assert ["shade", "0.0812", "0.0100", "0.214", "0.90"] in words
+    assert ["ensemble", "–", "0.0100", "0.214", "0.90"] in words
+
+
+def test_classes_of_a_task_without_any_are_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Translation:
+        task = "translation"
+
+    monkeypatch.setattr(api, "recipe_of", lambda _: Translation)
+    monkeypatch.setattr(sys, "argv", ["tokenfusion", "eval", str(tmp_path), "--per-class"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "--per-class" in capsys.readouterr().err

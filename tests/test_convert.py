@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import tokenfusion
+from tokenfusion.backbones.keys import from_released_segmentation
 from tokenfusion.backbones.mit import mit
-from tokenfusion.backbones.weights import from_released_segmentation
 from tokenfusion.convert import convert
 from tokenfusion.errors import UserError
 from tokenfusion.recipe import read_recipe

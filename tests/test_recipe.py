@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tokenfusion.components import build
-from tokenfusion.data.augment import Batch
+from tokenfusion.data.frames import Batch
 from tokenfusion.errors import UserError
 from tokenfusion.recipe import FUSERS, read_recipe, shipped
 from tokenfusion.tasks.segmentation import SegmentationTask, build_model

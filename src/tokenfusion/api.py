@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from torch import nn
 
-from tokenfusion.components import read_yaml
+from tokenfusion.components import explain, read_yaml
 from tokenfusion.errors import UserError, nearest
 from tokenfusion.train import FitResult
 
-TASKS = {"segmentation": "tokenfusion.tasks.segmentation"}
+TASKS = {name: f"tokenfusion.tasks.{name}" for name in ("segmentation", "translation")}
 
 
 DATASETS = {
     "nyudv2": "NYUDv2, 795 + 654 images, 40 classes, from nyu_depth_v2_labeled.mat, splits.mat, classMapping40.mat",
     "sunrgbd": "SUN RGB-D, 5,285 + 5,050 images, 37 classes, from SUNRGBD.zip and SUNRGBDtoolbox.zip, unpacked",
+    "taskonomy": "Taskonomy, any buildings, all domains that are images, from folders or archives as downloaded",
     "rooms": "procedural rooms, drawn on the spot from a seed",
 }
 
@@ -62,23 +64,30 @@ def recipe_of(run: Path) -> Recipe:
     return read_yaml(file, task_package(task).Recipe)
 
 
-def prepare(dataset: str, source: str | Path | None, out: str | Path, depth: str = "filled") -> dict[str, Any]:
-    """Write an official archive in the one on-disk format; returns counts and SHA-256 sums.
+def prepare(
+    dataset: str, source: str | Path | None, out: str | Path, options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write an official archive (or rooms) in the one on-disk format; returns counts and SHA-256 sums.
 
     Args:
-        dataset: ``"nyudv2"`` or ``"sunrgbd"``.
-        source: folder with the official files, at any depth.
+        dataset: a key of ``DATASETS``.
+        source: folder with the official files, at any depth; None for rooms.
         out: new folder; it appears when everything is written.
-        depth: ``"filled"`` or ``"raw"`` (with the sensor's holes).
+        options: further arguments of that data set's ``tokenfusion.data.prepare.DATASET.prepare``, for example
+            ``{"depth": "raw"}`` or ``{"domains": ["rgb", "normal"], "on_bad": "skip"}``.
     """
     if dataset not in DATASETS:
         raise UserError(f"no data set named {dataset!r}; {nearest(dataset, DATASETS)}")
-    if source is None:
+    write = importlib.import_module(f"tokenfusion.data.prepare.{dataset}").prepare
+    known = [name for name in inspect.signature(write).parameters if name not in ("out", "progress", "expected")]
+    given = {**({} if source is None else {"source": Path(source)}), **(options or {})}
+    for name in given:
+        if name not in known:
+            flags = ", ".join(f"--{key.replace('_', '-')}" for key in known)
+            raise UserError(f"--{name.replace('_', '-')} is no option of prepare {dataset}; it takes --out, {flags}")
+    if "source" in known and source is None:
         raise UserError(f"prepare {dataset} wants --source: {DATASETS[dataset]}")
-    if depth not in ("filled", "raw"):
-        raise UserError(f"--depth is {depth!r}; wanted filled or raw")
-    module = importlib.import_module(f"tokenfusion.data.prepare.{dataset}")
-    return dict(module.prepare(Path(source), Path(out), depth))
+    return dict(write(out=Path(out), **given))
 
 
 def prepare_rooms(
@@ -105,7 +114,7 @@ def evaluate(
     run: str | Path,
     data: str | Path | None = None,
     split: str | None = None,
-    multi_scale: bool = False,
+    evaluation: Mapping[str, Any] | None = None,
     checkpoint: str = "last",
     trust: bool = False,
 ) -> dict[str, Any]:
@@ -115,13 +124,25 @@ def evaluate(
         run: a run folder.
         data: another data set than the recipe's.
         split: the recipe's validation split unless said otherwise.
-        multi_scale: average over six scales and their mirror images.
+        evaluation: keys of the recipe's section ``evaluation`` that shall have other values this time, for example
+            ``{"features": "inception", "feature_weights": "weights.pth"}``.
         checkpoint: ``"last"`` or ``"best"`` (best on the validation split during training).
         trust: build components outside of tokenfusion.
     """
     recipe = recipe_of(Path(run))
     package = task_package(recipe.task)
-    return package.evaluate(Path(run), recipe, data, split, multi_scale, checkpoint, trust)
+    return package.evaluate(Path(run), recipe, data, split, _protocol(recipe, evaluation), checkpoint, trust)
+
+
+def _protocol(recipe: Recipe, changes: Mapping[str, Any] | None) -> BaseModel | None:
+    """The recipe's way to judge, changed; None where nothing changes."""
+    if not changes:
+        return None
+    own: BaseModel = recipe.evaluation
+    try:
+        return type(own).model_validate({**own.model_dump(), **changes})
+    except ValidationError as error:
+        raise UserError(f"evaluation: {explain(error, type(own))}") from None
 
 
 def predict(

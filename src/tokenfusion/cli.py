@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from tokenfusion.errors import UserError, nearest
 
@@ -65,15 +65,21 @@ def show(recipe: str, overrides: Overrides = None) -> None:
 
 @app.command()
 def prepare(
-    dataset: Annotated[str, typer.Argument(help="nyudv2, sunrgbd or rooms.")],
+    dataset: Annotated[str, typer.Argument(help="nyudv2, sunrgbd, taskonomy or rooms.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     source: Annotated[Path | None, typer.Option(help="Folder with the official files.")] = None,
-    depth: Annotated[str, typer.Option(help="raw or filled.")] = "filled",
-    train_count: Annotated[int, typer.Option("--train", help="rooms: training frames.")] = 400,
-    val_count: Annotated[int, typer.Option("--val", help="rooms: validation frames.")] = 100,
-    height: Annotated[int, typer.Option(help="rooms: rows.")] = 96,
-    width: Annotated[int, typer.Option(help="rooms: columns.")] = 128,
-    seed: Annotated[int, typer.Option(help="rooms: seed.")] = 0,
+    depth: Annotated[str | None, typer.Option(help="nyudv2, sunrgbd: filled (default) or raw.")] = None,
+    domains: Annotated[
+        str | None, typer.Option(help="taskonomy: e.g. rgb,normal,depth_zbuffer; default: what most views have.")
+    ] = None,
+    on_bad: Annotated[
+        str | None, typer.Option(help="taskonomy: stop (default) at views that cannot be used, or skip them.")
+    ] = None,
+    train_count: Annotated[int | None, typer.Option("--train", help="rooms: training frames, 400.")] = None,
+    val_count: Annotated[int | None, typer.Option("--val", help="rooms: validation frames, 100.")] = None,
+    height: Annotated[int | None, typer.Option(help="rooms: rows, 96.")] = None,
+    width: Annotated[int | None, typer.Option(help="rooms: columns, 128.")] = None,
+    seed: Annotated[int | None, typer.Option(help="rooms: 0.")] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check an existing --out against its manifest instead.")
     ] = False,
@@ -87,11 +93,11 @@ def prepare(
     if verify:
         typer.echo(f"{out}: {Folder(out).verify(show_progress=True)} files as prepared")
         return
-    if dataset == "rooms":
-        counts = api.prepare_rooms(out, train_count, val_count, height, width, seed)
-    else:
-        counts = api.prepare(dataset, source, out, depth)
-    for name, count in counts.items():
+    names = None if domains is None else [name.strip() for name in domains.split(",")]
+    options = {"depth": depth, "domains": names, "on_bad": on_bad, "train": train_count, "val": val_count}
+    options |= {"height": height, "width": width, "seed": seed}
+    given = {name: value for name, value in options.items() if value is not None}
+    for name, count in api.prepare(dataset, source, out, given).items():
         typer.echo(f"{name}: {count}")
     typer.echo(f"written: {out}")
 
@@ -115,6 +121,9 @@ def train(
 @app.command("eval")
 def evaluate(
     run: Path,
+    changes: Annotated[
+        list[str] | None, typer.Argument(help="Another way to judge, this time: evaluation.features=pixels")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Another data set than the recipe's.")] = None,
     split: Annotated[str | None, typer.Option(help="Split, e.g. val.")] = None,
     multi_scale: Annotated[bool, typer.Option("--multi-scale", help="Six scales and their mirror images.")] = False,
@@ -125,8 +134,13 @@ def evaluate(
 ) -> None:
     """Judge a run; prints a table and writes metrics.json."""
     from tokenfusion import api
+    from tokenfusion.recipe import evaluation_changes
+    from tokenfusion.tasks.segmentation.inference import MULTI_SCALE
 
-    metrics = api.evaluate(run, data, split, multi_scale, checkpoint, trust)
+    if per_class and api.recipe_of(run).task != "segmentation":
+        raise UserError(f"--per-class: {run} is no segmentation, and only that has classes; leave it out")
+    evaluation = {**(MULTI_SCALE if multi_scale else {}), **evaluation_changes(changes or [])}
+    metrics = api.evaluate(run, data, split, evaluation, checkpoint, trust)
     if as_json:
         return _json(metrics)
     _print_figures(metrics)
@@ -144,7 +158,7 @@ def predict(
     checkpoint: Checkpoint = "last",
     trust: Trust = False,
 ) -> None:
-    """Predict on one's own files: label png, colour overlay, scores."""
+    """Predict on one's own files: label png and overlay, or the generated image; and every token's score."""
     from tokenfusion import api
 
     written = api.predict(run, out, _pairs(files) if files else None, data, split, checkpoint, trust)
@@ -174,17 +188,20 @@ def compare(
 @app.command()
 def convert(
     file: Path,
-    source: Annotated[str, typer.Option("--from", help="released-segmentation, segformer or hf-segformer.")],
+    source: Annotated[
+        str, typer.Option("--from", help="released-segmentation, released-translation, segformer or hf-segformer.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     dataset: Annotated[
         str | None, typer.Option(help="dataset.yaml or folder that says how own files are read.")
     ] = None,
     modalities: Annotated[str, typer.Option(help="Names of the streams, in the file's order.")] = "rgb,depth",
+    target: Annotated[str, typer.Option(help="released-translation: the modality that is generated.")] = "rgb",
 ) -> None:
     """A foreign checkpoint in our format: a run folder that eval, predict and load() take."""
     from tokenfusion.convert import convert as run
 
-    typer.echo(run(file, source, out, dataset, tuple(modalities.split(","))))
+    typer.echo(run(file, source, out, dataset, tuple(modalities.split(",")), target))
 
 
 @app.command()
@@ -228,14 +245,14 @@ def bench(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="methods: one modality, late ensemble, concat, TokenFusion.")],
+    name: Annotated[str, typer.Argument(help="methods (of fusion) or modalities (one, two, ... of them).")],
     overrides: Overrides = None,
     recipe: Annotated[str, typer.Option(help="Recipe that all runs share.")] = "toy-segmentation",
     seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = 1,
     out: Annotated[Path, typer.Option(help="Folder for runs, table and page.")] = Path("study"),
     jobs: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1,
 ) -> None:
-    """Compare fusers at the same budget; runs that are done are not repeated."""
+    """Compare fusers, or numbers of modalities, at the same budget; runs that are done are not repeated."""
     from tokenfusion.study import STUDIES
 
     if name not in STUDIES:
@@ -282,10 +299,15 @@ def _json(content: Any) -> None:
 
 
 def _print_figures(metrics: dict[str, Any]) -> None:
-    title = f"{metrics['dataset']} {metrics['split']}, {metrics['images']} images, step {metrics['step']}"
-    table = Table("stream", "pixel acc.", "mean acc.", "mIoU", title=title, caption=metrics["protocol"])
-    for stream, figures in metrics["streams"].items():
-        values = [f"{figures[k]:.2f}" for k in ("pixel_accuracy", "mean_accuracy", "miou")]
+    from tokenfusion.report import metric
+
+    streams, target = metrics["streams"], f", target {metrics['target']}" if metrics.get("target") else ""
+    title = f"{metrics['dataset']} {metrics['split']}, {metrics['images']} images, step {metrics['step']}{target}"
+    columns = metric.names([streams], metrics["primary"])
+    first = Column("stream", overflow="fold")
+    table = Table(first, *map(metric.heading, columns), title=title, caption=metrics["protocol"])
+    for stream, figures in streams.items():
+        values = [metric.number(figures.get(name), name, least=2) for name in columns]
         table.add_row(stream, *values, style="bold" if stream == "ensemble" else None)
     out_console.print(table)
 

@@ -5,19 +5,26 @@ from __future__ import annotations
 import importlib
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from tokenfusion.errors import UserError, nearest
 
 M = TypeVar("M", bound=BaseModel)
+Component = dict[str, Any]  # ``_target_`` and arguments
 TARGET = "_target_"
 PARTS = ("tokenfusion.fusion.", "tokenfusion.backbones.", "tokenfusion.tasks.")  # where parts of networks live
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
 def read_yaml(file: Path, schema: type[M]) -> M:
@@ -32,6 +39,26 @@ def read_yaml(file: Path, schema: type[M]) -> M:
         raise UserError(
             f"{file}: not readable as this program wrote it ({' '.join(str(error).split())[:160]})"
         ) from None
+
+
+def explain(error: ValidationError, schema: type[BaseModel]) -> str:
+    """The first thing that a schema refused, in one line; for an unknown key the nearest valid one."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; {nearest(str(first['loc'][-1]), _fields(schema, first['loc'][:-1]))}"
+    if first["type"] == "missing":
+        return f"key {key!r} is missing"
+    return f"{key}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}"
+
+
+def _fields(schema: type[BaseModel], place: Sequence[str | int]) -> list[str]:
+    for part in place:
+        annotation = schema.model_fields[str(part)].annotation if str(part) in schema.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        schema = annotation
+    return list(schema.model_fields)
 
 
 def write_text(file: Path, text: str) -> None:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from tokenfusion.api import TASKS, Recipe, task_package
-from tokenfusion.components import TARGET, maker
+from tokenfusion.components import TARGET, explain, maker
 from tokenfusion.errors import UserError, nearest
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -53,6 +53,22 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find(name)
     content = _with_base(path)
+    return validate(_overridden(content, overrides), str(path))
+
+
+def evaluation_changes(overrides: Sequence[str]) -> dict[str, Any]:
+    """Overrides of ``evaluation`` alone, as :func:`tokenfusion.api.evaluate` takes them.
+
+    Raises:
+        UserError: where one names another section: a trained run's recipe does not change any more.
+    """
+    changes = _overridden({}, overrides)
+    if set(changes) - {"evaluation"} or not isinstance(changes.get("evaluation", {}), dict):
+        raise UserError(f"{overrides[0]!r}: eval changes keys below evaluation only, e.g. evaluation.features=pixels")
+    return dict(changes.get("evaluation", {}))
+
+
+def _overridden(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         key, sign, value = override.partition("=")
         if not sign or not key:
@@ -62,7 +78,7 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         except yaml.YAMLError:
             raise UserError(f"{override!r}: {value!r} is not YAML") from None
         content = _merge(content, _nested(key.split("."), parsed))
-    return validate(content, str(path))
+    return content
 
 
 def find(name: str) -> Path:
@@ -89,7 +105,7 @@ def validate(content: Mapping[str, Any], source: str) -> Recipe:
     try:
         recipe = schema.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{source}: {_one_line(error, schema)}") from None
+        raise UserError(f"{source}: {explain(error, schema)}") from None
     for key, given in package.COMPONENTS.items():
         spec: Any = recipe
         for part in key.split("."):
@@ -145,22 +161,3 @@ def _merge(old: Any, new: Any, key: str = "") -> Any:
     if TARGET in new and new[TARGET] != old.get(TARGET):
         return dict(new)
     return {**old, **{k: _merge(old[k], v, k) if k in old else v for k, v in new.items()}}
-
-
-def _one_line(error: ValidationError, schema: type[BaseModel]) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; {nearest(str(first['loc'][-1]), _fields(schema, first['loc'][:-1]))}"
-    if first["type"] == "missing":
-        return f"key {key!r} is missing"
-    return f"{key}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}"
-
-
-def _fields(schema: type[BaseModel], place: Sequence[str | int]) -> list[str]:
-    for part in place:
-        annotation = schema.model_fields[str(part)].annotation if str(part) in schema.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        schema = annotation
-    return list(schema.model_fields)

@@ -1,4 +1,4 @@
-"""Comparisons of fusers at the same budget, as resumable sets of runs."""
+"""Comparisons at the same budget, as resumable sets of runs: of fusers, and of one, two, ... modalities."""
 
 from __future__ import annotations
 
@@ -9,22 +9,39 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenfusion.api import recipe_of
+from tokenfusion.api import Recipe, recipe_of
 from tokenfusion.errors import UserError
-from tokenfusion.recipe import read_recipe
-from tokenfusion.report import write_comparison, write_report
+from tokenfusion.recipe import FUSERS, read_recipe
+from tokenfusion.report import metric, write_comparison, write_report
+
+ENSEMBLE = "ensemble"
 
 
-class Method(NamedTuple):
-    """One row of the table: overrides of the shared recipe."""
+class Shared(NamedTuple):
+    """What all runs of a study share: a recipe and overrides of it, the number of seeds, the folder of the runs."""
 
-    title: str
-    overrides: tuple[str, ...]
+    study: str
+    recipe: str
+    overrides: Sequence[str]
+    seeds: int
+    out: Path
+
+
+class Cell(NamedTuple):
+    """A place of the table: one stream of the runs of one variant."""
+
+    variant: str
+    stream: str
+
+
+Variants = dict[str, tuple[str, ...]]  # title -> overrides of the shared recipe
+Rows = Mapping[str, Mapping[str, Cell]]  # title of a row -> title of a column -> what stands there
+Runs = Mapping[str, list[Path]]  # title of a variant -> its run folders, one per seed
 
 
 def methods(recipe: str, overrides: Sequence[str], seeds: int, out: Path, jobs: int = 1) -> str:
@@ -42,29 +59,69 @@ def methods(recipe: str, overrides: Sequence[str], seeds: int, out: Path, jobs: 
     Raises:
         UserError: where a run fails; its log is named. The others are finished first.
     """
-    for override in overrides:
-        if override.partition("=")[0] in ("fuser", "seed"):
+    shared = Shared("methods", recipe, overrides, seeds, out)
+    names = _shared_recipe(shared, ("fuser", "seed")).data.modalities
+    variants = _alone(names) | {"late ensemble": ("fuser=none",), "concat": ("fuser=concat",), "TokenFusion": ()}
+    streams = (*names, ENSEMBLE)
+    rows = {title: {stream: Cell(title, stream) for stream in streams} for title in variants}
+    return _carry_out(shared, "method", variants, rows, jobs)
+
+
+def modalities(recipe: str, overrides: Sequence[str], seeds: int, out: Path, jobs: int = 1) -> str:
+    """Every modality alone, then the first two, three, ... together: the recipe's fuser beside late ensembles (Table 7).
+
+    Arguments, result and errors are those of :func:`methods`; the sets follow the order of ``data.modalities``.
+    """
+    shared = Shared("modalities", recipe, overrides, seeds, out)
+    common = _shared_recipe(shared, ("seed",))
+    names = common.data.modalities
+    if common.fuser == FUSERS["none"]:
+        raise UserError(
+            f"{recipe}: fuser is none, which this study sets beside the recipe's; choose another, fuser=..."
+        )
+    fuser = str(common.fuser["_target_"]).rpartition(".")[2]
+    variants: dict[str, tuple[str, ...]] = dict(_alone(names))
+    rows = {name: {"alone": Cell(f"{name} only", ENSEMBLE)} for name in names}
+    for count in range(2, len(names) + 1):
+        chosen, title = f"data.modalities=[{', '.join(names[:count])}]", " + ".join(names[:count])
+        variants |= {f"{title} late ensemble": (chosen, "fuser=none"), title: (chosen,)}
+        rows[title] = {"late ensemble": Cell(f"{title} late ensemble", ENSEMBLE), fuser: Cell(title, ENSEMBLE)}
+    return _carry_out(shared, "inputs", variants, rows, jobs)
+
+
+def _shared_recipe(shared: Shared, varied: tuple[str, ...]) -> Recipe:
+    """The recipe that all runs share; refuses overrides of what the study varies, and a modality alone."""
+    for override in shared.overrides:
+        if override.partition("=")[0] in varied:
             raise UserError(f"{override}: is what this study varies; leave it out")
-    names = read_recipe(recipe, overrides).data.modalities
+    recipe = read_recipe(shared.recipe, shared.overrides)
+    names = recipe.data.modalities
     if len(names) < 2:
         raise UserError(f"data.modalities: has {names[0]} alone; a study of fusion wants two at least")
-    rows = [Method(f"{name} only", (f"data.modalities=[{name}]", "fuser=none")) for name in names]
-    rows += [Method("late ensemble", ("fuser=none",)), Method("concat", ("fuser=concat",)), Method("TokenFusion", ())]
+    return recipe
+
+
+def _alone(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    return {f"{name} only": (f"data.modalities=[{name}]", "fuser=none") for name in names}
+
+
+def _carry_out(shared: Shared, head: str, variants: Variants, rows: Rows, jobs: int) -> str:
+    """Train what is missing, write the table and the pages; the last variant's run gets a page of its own."""
+    folders = {title: title.lower().replace(" + ", "+").replace(" ", "-") for title in variants}
     runs = {
-        (row.title, seed): out / f"{row.title.lower().replace(' ', '-')}-seed{seed}"
-        for seed in range(seeds)
-        for row in rows
+        title: [shared.out / f"{folder}-seed{seed}" for seed in range(shared.seeds)]
+        for title, folder in folders.items()
     }
     arguments = {
-        runs[row.title, seed]: [recipe, *overrides, *row.overrides, f"seed={seed}"]
-        for seed in range(seeds)
-        for row in reversed(rows)  # the long ones first: no core waits for them at the end
+        runs[title][seed]: [shared.recipe, *shared.overrides, *variants[title], f"seed={seed}"]
+        for seed in range(shared.seeds)
+        for title in reversed(variants)  # the long ones first: no core waits for them at the end
     }
     _run_all(arguments, jobs)
-    results = {row.title: [runs[row.title, seed] for seed in range(seeds)] for row in rows}
-    table = _table(recipe, overrides, rows, results, list(names))
-    (out / "table.md").write_text(table, encoding="utf-8")
-    return table + _pages(list(runs.values()), runs["TokenFusion", 0], out)
+    table = _table(shared, head, rows, runs)
+    (shared.out / "table.md").write_text(table, encoding="utf-8")
+    in_order = [runs[title][seed] for seed in range(shared.seeds) for title in variants]
+    return table + _pages(in_order, runs[list(variants)[-1]][0], shared.out)
 
 
 def _run_all(arguments: dict[Path, list[str]], jobs: int) -> None:
@@ -81,7 +138,7 @@ def _run_all(arguments: dict[Path, list[str]], jobs: int) -> None:
         with (run / "train.log").open("ab") as log:
             command = [sys.executable, "-m", "tokenfusion.cli", *words]
             code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
-        outcome = "failed" if code else f"ensemble mIoU {_figures(run)['streams']['ensemble']['miou']:.1f}"
+        outcome = "failed" if code else _outcome(_figures(run))
         print(f"finished: {run.name} after {time.monotonic() - began:.0f} s, {outcome}", flush=True)
         return code
 
@@ -97,15 +154,25 @@ def _is_done(run: Path, words: list[str]) -> bool:
     """Whether a run has ended, and with this very recipe; another one is left to ``train`` to refuse."""
     try:
         found, recipe = _figures(run), read_recipe(words[0], words[1:])
-        judged = (found["split"], found["checkpoint"], found["step"], found["protocol"])
+        judged = (found["split"], found["checkpoint"], found["step"])
     except (OSError, ValueError, KeyError):
         return False
-    wanted = (recipe.data.val, "last", recipe.train.steps, str(recipe.evaluation))
+    wanted = (recipe.data.val, "last", recipe.train.steps)
     return judged == wanted and recipe_of(run).model_dump(mode="json") == recipe.model_dump(mode="json")
 
 
 def _figures(run: Path) -> dict[str, Any]:
     return dict(json.loads((run / "metrics.json").read_text(encoding="utf-8")))
+
+
+def _primary(metrics: Mapping[str, Any]) -> str:
+    """The metric that ranks; runs of old state none."""
+    return str(metrics.get("primary", "miou"))
+
+
+def _outcome(metrics: Mapping[str, Any]) -> str:
+    primary = _primary(metrics)
+    return f"ensemble {metric.label(primary)} {metric.number(metrics['streams'][ENSEMBLE][primary], primary)}"
 
 
 def _pages(runs: list[Path], fused: Path, out: Path) -> str:
@@ -116,31 +183,48 @@ def _pages(runs: list[Path], fused: Path, out: Path) -> str:
         return f"\nno pages: {error}"
 
 
-def _table(
-    recipe: str, overrides: Sequence[str], rows: list[Method], results: dict[str, list[Path]], names: list[str]
-) -> str:
-    """mIoU in percent, mean and standard deviation over the seeds."""
-    columns = [*names, "ensemble"]
-    first = results[rows[0].title][0]
-    metrics = _figures(first)
-    seeds = len(results[rows[0].title])
+def _table(shared: Shared, head: str, rows: Rows, runs: Runs) -> str:
+    """The primary metric, mean and standard deviation over the seeds."""
+    _check_judged_alike([run for found in runs.values() for run in found])
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    metrics = _figures(next(iter(runs.values()))[0])
+    primary = _primary(metrics)
+    of_target = f" of {metrics['target']}" if metrics.get("target") else ""
+    lower = " (lower is better)" if metric.lower_is_better(primary) else ""
     lines = [
-        f"mIoU on {metrics['dataset']} {metrics['split']} ({metrics['images']} images), {metrics['step']} steps, "
-        f"{seeds} seed{'s: mean ± standard deviation' if seeds > 1 else ''}; {metrics['protocol']}",
+        f"{metric.label(primary)}{of_target}{lower} on {metrics['dataset']} {metrics['split']} ({metrics['images']} "
+        f"images), {metrics['step']} steps, {shared.seeds} "
+        f"seed{'s: mean ± standard deviation' if shared.seeds > 1 else ''}; {metrics['protocol']}",
         "",
-        "| method | " + " | ".join(columns) + " |",
+        f"| {head} | " + " | ".join(columns) + " |",
         "|---|" + "---|" * len(columns),
     ]
-    for row in rows:
-        found = [_figures(run)["streams"] for run in results[row.title]]
-        cells = []
-        for column in columns:
-            values = [streams[column]["miou"] for streams in found if column in streams]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "")
-        lines.append(f"| {row.title} | " + " | ".join(cells) + " |")
-    command = ["tokenfusion", "study", "methods", "--recipe", recipe, *overrides, "--seeds", str(seeds)]
-    return "\n".join([*lines, "", f"`{shlex.join(command)}`", ""])
+    for title, row in rows.items():
+        cells = [_cell(row[column], runs, primary) if column in row else "" for column in columns]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    command = ["tokenfusion", "study", shared.study, "--recipe", shared.recipe, *shared.overrides]
+    return "\n".join([*lines, "", f"`{shlex.join([*command, '--seeds', str(shared.seeds)])}`", ""])
 
 
-STUDIES: dict[str, Callable[[str, Sequence[str], int, Path, int], str]] = {"methods": methods}
+def _check_judged_alike(runs: Sequence[Path]) -> None:
+    """``eval`` may have judged a run anew and in another way: such figures do not share a table."""
+    protocols = {run: _figures(run)["protocol"] for run in runs}
+    for run, protocol in protocols.items():
+        if protocol != protocols[runs[0]]:
+            raise UserError(
+                f"{run}: was judged otherwise ({protocol}) than {runs[0]} ({protocols[runs[0]]}); judge all runs alike"
+                " with `tokenfusion eval`, and call again"
+            )
+
+
+def _cell(cell: Cell, runs: Runs, primary: str) -> str:
+    """Mean and standard deviation of one stream's figure over the seeds; empty where the runs lack the stream."""
+    found = [_figures(run)["streams"].get(cell.stream, {}).get(primary) for run in runs[cell.variant]]
+    values = list(metric.finite(dict(enumerate(found))).values())
+    if not values:
+        return ""
+    spread = f" ± {metric.number(statistics.stdev(values), primary)}" if len(values) > 1 else ""
+    return metric.number(statistics.mean(values), primary) + spread
+
+
+STUDIES: dict[str, Callable[[str, Sequence[str], int, Path, int], str]] = {"methods": methods, "modalities": modalities}

@@ -162,7 +162,8 @@ def test_gradients_reach_every_parameter(small_mit, shake) -> None:
 def test_equals_transformers(shake, tmp_path, widths: tuple[int, ...], depths: tuple[int, ...]) -> None:
     """On any image size. Its layers have the norms' epsilon at 1e-5, ours (and its configuration) at 1e-6."""
     transformers = pytest.importorskip("transformers")
-    from tokenfusion.backbones.weights import from_mit, load_into, read_checkpoint
+    from tokenfusion.backbones.keys import from_mit
+    from tokenfusion.backbones.weights import load_into, read_checkpoint
 
     config = transformers.SegformerConfig(hidden_sizes=list(widths), depths=list(depths), drop_path_rate=0.0)
     theirs = shake(transformers.SegformerModel(config)).eval()

@@ -15,15 +15,8 @@ from golden_rules import Case
 from safetensors.torch import save_file
 
 from tokenfusion.backbones.fused import FusedBackbone
-from tokenfusion.backbones.weights import (
-    fetch,
-    from_hf_segformer,
-    from_mit,
-    from_released_segmentation,
-    from_segformer,
-    load_into,
-    read_checkpoint,
-)
+from tokenfusion.backbones.keys import from_hf_segformer, from_mit, from_released_segmentation, from_segformer
+from tokenfusion.backbones.weights import fetch, load_into, read_checkpoint
 from tokenfusion.errors import UserError
 from tokenfusion.fusion import NoFusion, TokenFusion
 

@@ -48,6 +48,18 @@ def test_a_written_folder_is_whole_readable_and_verified(tmp_path: Path) -> None
     assert check.returncode == 0
 
 
+def test_a_file_that_was_taken_back_is_in_no_manifest(tmp_path: Path) -> None:
+    with Staging(tmp_path / "data") as staging:
+        fill(staging)
+        staging.write("rgb/2.png", b"damaged")
+        staging.remove("rgb/2.png")
+        staging.write("rgb/3.png", b"first")
+        staging.remove("rgb/3.png")
+        staging.write("rgb/3.png", b"second")
+    assert sorted(path.name for path in (tmp_path / "data/rgb").iterdir()) == ["1.png", "3.png"]
+    assert verify_manifest(tmp_path / "data") == 6
+
+
 def test_verify_names_what_changed_or_is_missing(tmp_path: Path) -> None:
     with Staging(tmp_path / "data") as staging:
         fill(staging)

@@ -1,103 +1,17 @@
-"""Joint augmentation: alignment, padding, flips; frames as functions of (seed, epoch, index), in workers too."""
+"""Joint augmentation of images as such; how it moves frames is in test_frames.py."""
 
 from __future__ import annotations
 
-import os
-import pickle
-import time
-from multiprocessing.reduction import ForkingPickler
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-import yaml
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from tokenfusion.data.augment import Augment, Batch, Frame, Frames, collate
-from tokenfusion.data.folder import IGNORE, Folder
-from tokenfusion.data.modality import ModalitySpec, decode
+from tokenfusion.data.augment import Augment
+from tokenfusion.data.image import decode
+from tokenfusion.data.modality import ModalitySpec
 from tokenfusion.errors import UserError
 
 SPECS = {kind: ModalitySpec(kind=kind) for kind in ("rgb", "depth", "normal")}
-EXAMPLE = Path(__file__).parents[2] / "examples" / "nyuv2"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Folder:
-    """Six frames 24x32 whose red channel, depth and label are the same blocks: alignment can be read off."""
-    rng = np.random.default_rng(0)
-    for name in ("rgb", "depth", "label"):
-        (tmp_path / name).mkdir()
-    for index in range(6):
-        block = np.kron(rng.integers(0, 5, (3, 4)), np.ones((8, 8), int)).astype(np.uint8)
-        rgb = np.dstack([block * 50, np.full_like(block, 100), np.full_like(block, 200)])
-        Image.fromarray(rgb).save(tmp_path / f"rgb/{index}.png")
-        Image.fromarray((block.astype(np.uint16) + 1) * 1000).save(tmp_path / f"depth/{index}.png")
-        Image.fromarray(block).save(tmp_path / f"label/{index}.png")
-    (tmp_path / "train.txt").write_text("".join(f"{index}\n" for index in range(6)))
-    content = {
-        "name": "blocks",
-        "modalities": {name: {"kind": name, "files": name + "/{id}.png"} for name in ("rgb", "depth")},
-        "target": {"files": "label/{id}.png"},
-        "classes": list("abcde"),
-        "splits": {"train": "train.txt"},
-    }
-    (tmp_path / "dataset.yaml").write_text(yaml.safe_dump(content))
-    return Folder(tmp_path)
-
-
-def same(a: Frame, b: Frame) -> bool:
-    assert a.target is not None
-    assert b.target is not None
-    inputs = a.inputs.keys() == b.inputs.keys() and all(torch.equal(a.inputs[k], b.inputs[k]) for k in a.inputs)
-    return a.id == b.id and inputs and torch.equal(a.target, b.target)
-
-
-def test_without_augmentation_the_frame_is_the_file(folder: Folder) -> None:
-    frames = Frames(folder, "train", ["depth", "rgb"])
-    assert len(frames) == 6
-    frame = frames[2]
-    assert (frame.id, list(frame.inputs)) == ("2", ["depth", "rgb"])
-    assert frame.target is not None
-    assert torch.equal(frame.target, folder.read_target("2"))
-    assert torch.allclose(frame.inputs["depth"][1], (frame.target + 1) / 5)
-    resized = Frames(folder, "train", ["rgb", "depth"], resize=(12, 16))[2]
-    assert resized.inputs["rgb"].shape == (3, 12, 16)
-    assert resized.target is not None
-    assert resized.target.shape == (24, 32)  # evaluation judges at the native size
-
-
-@pytest.mark.parametrize("crop", [(24, 32), (16, 40), (60, 60), None])
-@pytest.mark.parametrize("resize", [None, (48, 64)])
-def test_all_modalities_and_the_target_move_together(
-    folder: Folder, crop: tuple[int, int] | None, resize: tuple[int, int] | None
-) -> None:
-    frames = Frames(folder, "train", ["rgb", "depth"], Augment(crop=crop, resize=resize), seed=3)
-    for index in range(6):
-        _, inputs, target = frames[index]
-        assert target is not None
-        if crop is not None:
-            assert inputs["rgb"].shape == inputs["depth"].shape == (3, *crop)
-        assert target.shape == inputs["depth"].shape[1:] == inputs["rgb"].shape[1:]
-        inside = target != IGNORE
-        assert inside.any()
-        depth_m = inputs["depth"][0] * 5
-        assert torch.allclose(depth_m[inside], target[inside] + 1.0)
-        assert (depth_m[~inside] == 0).all()
-        red = inputs["rgb"][0] * 58.395 + 123.675
-        assert (red - target * 50.0)[inside].abs().median() < 2  # only block borders are blended
-
-
-def test_padding_is_mean_for_rgb_zero_for_depth_and_ignore_for_the_target(folder: Folder) -> None:
-    _, inputs, target = Frames(folder, "train", ["rgb", "depth"], Augment(crop=(80, 80), scale=(1, 1)))[0]
-    assert target is not None
-    outside = target == IGNORE
-    assert int((~outside).sum()) == 24 * 32
-    assert inputs["rgb"][:, outside].abs().max() < 0.01  # the mean, rounded to a byte
-    assert (inputs["depth"][:, outside] == 0).all()
 
 
 def test_flip_mirrors_and_turns_normals() -> None:
@@ -128,74 +42,20 @@ def test_jitter_changes_rgb_alone() -> None:
     assert torch.equal(run(0.4)["depth"], images["depth"])
 
 
-def test_the_shorter_side_is_not_scaled_below_its_limit(folder: Folder) -> None:
-    frames = Frames(folder, "train", ["rgb"], Augment(crop=None, scale=(0.1, 0.2), shorter=12))
-    assert frames[0].inputs["rgb"].shape == (3, 12, 16)
-
-
-def test_items_depend_on_seed_epoch_and_index_only(folder: Folder) -> None:
-    frames = Frames(folder, "train", ["rgb", "depth"], Augment(crop=(16, 16), jitter=0.2), seed=5)
-    first = [frames[index] for index in range(6)]
-    torch.manual_seed(123)
-    before = torch.get_rng_state()
-    again = [frames[index] for index in reversed(range(6))][::-1]
-    assert torch.equal(torch.get_rng_state(), before)  # no draw from the global generator
-    assert all(same(a, b) for a, b in zip(first, again, strict=True))
-    frames.set_epoch(1)
-    assert not any(same(first[index], frames[index]) for index in range(6))
-    frames.set_epoch(0)
-    assert same(first[3], frames[3])
-    other = Frames(folder, "train", ["rgb", "depth"], Augment(crop=(16, 16), jitter=0.2), seed=6)
-    assert not same(first[3], other[3])
-
-
-def test_the_epoch_reaches_persistent_workers(folder: Folder) -> None:
-    frames = Frames(folder, "train", ["rgb"], Augment(crop=(16, 16)), seed=5)
-    loader = DataLoader(
-        frames,
-        batch_size=3,
-        num_workers=1,
-        persistent_workers=True,
-        collate_fn=collate,
-        multiprocessing_context="fork",
-    )
-    for epoch in (0, 7):
-        frames.set_epoch(epoch)
-        for number, batch in enumerate(loader):
-            alone = collate([frames[index] for index in range(3 * number, 3 * number + 3)])
-            assert batch.ids == alone.ids
-            assert torch.equal(batch.inputs["rgb"], alone.inputs["rgb"]), f"epoch {epoch}"
-
-
-def test_the_epoch_reaches_workers_that_got_a_pickled_copy(folder: Folder) -> None:
-    frames = Frames(folder, "train", ["rgb"], Augment(crop=(16, 16)), seed=5)
-    copy = pickle.loads(ForkingPickler.dumps(frames))  # what the spawn and forkserver methods do
-    frames.set_epoch(7)
-    assert same(copy[3], frames[3])
-
-
-def test_collate_stacks_and_names_frames_that_differ(folder: Folder) -> None:
-    frames = Frames(folder, "train", ["rgb", "depth"])
-    batch = collate([frames[0], frames[1]])
-    assert isinstance(batch, Batch)
-    assert batch.ids == ["0", "1"]
-    assert batch.inputs["depth"].shape == (2, 3, 24, 32)
-    assert batch.target is not None
-    assert batch.target.shape == (2, 24, 32)
-    smaller = Frame("small", {"rgb": torch.zeros(3, 4, 4), "depth": torch.zeros(3, 4, 4)}, None)
-    with pytest.raises(UserError, match=r"'0'.*'small'"):
-        collate([frames[0], smaller])
-    assert collate([smaller]).target is None
-
-
-def test_missing_files_and_sizes_are_found_early(folder: Folder) -> None:
-    Image.fromarray(np.zeros((5, 5), np.uint8)).save(folder.target_path("1"))
-    with pytest.raises(UserError, match=r"label/1\.png: the target is 5x5"):
-        Frames(folder, "train", ["rgb"])[1]
-    folder.image_path("4", "depth").unlink()
-    with pytest.raises(UserError, match=r"depth/4\.png: no such file; split 'train' lacks 1 of 18"):
-        Frames(folder, "train", ["rgb", "depth"])
-    assert len(Frames(folder, "train", ["rgb"])) == 6  # what is not asked for need not be there
+def test_padding_has_the_meaning_of_nothing_in_every_kind() -> None:
+    images = {
+        "normal": torch.full((3, 4, 4), 9, dtype=torch.uint8),
+        "curvature": torch.full((3, 4, 4), 9, dtype=torch.uint8),
+        "depth": torch.ones(1, 4, 4),
+    }
+    specs = {**SPECS, "curvature": ModalitySpec(kind="curvature")}
+    valid = torch.ones(4, 4, dtype=torch.uint8)
+    moved, map_ = Augment(crop=(8, 8), scale=(1, 1))(images, valid, specs, torch.Generator().manual_seed(0))
+    assert map_ is not None
+    assert set(map_.unique().tolist()) == {1, 255}
+    for name, image in moved.items():
+        assert (decode(image, specs[name])[:, map_ == 255] == 0).all(), name
+        assert (decode(image, specs[name])[:, map_ == 1] != 0).all(), name
 
 
 @pytest.mark.parametrize(
@@ -204,15 +64,3 @@ def test_missing_files_and_sizes_are_found_early(folder: Folder) -> None:
 def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         Augment(**wrong)  # type: ignore[arg-type]
-
-
-@pytest.mark.skipif("TOKENFUSION_DATA" not in os.environ, reason="real recordings: TOKENFUSION_DATA is not set")
-def test_a_real_pair_is_read_and_augmented_quickly() -> None:
-    frames = Frames(Folder(EXAMPLE), "dev_val", ["rgb", "depth"], Augment(crop=(480, 640)))
-    frames[0]
-    best = float("inf")
-    for index in range(1, 9):
-        start = time.thread_time()  # of this thread: a busy machine does not count
-        assert frames[index].inputs["rgb"].shape == (3, 480, 640)
-        best = min(best, time.thread_time() - start)
-    assert best < 0.06  # 10-15 ms on an idle core; this only catches a lost fast path

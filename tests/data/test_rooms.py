@@ -206,6 +206,7 @@ def test_prepare_writes_a_folder_that_reads_back(tmp_path: Path) -> None:
     assert not set(folder.ids("train")) & set(folder.ids("val"))
 
     name, room = folder.ids("val")[0], render(1 * preparation.FRAMES_PER_SEED + 3, 48, 64)
+    assert folder.modalities["depth"].limits == (1.0, 8.0)  # what translation codes
     read = folder.read(name, list(folder.modalities))
     np.testing.assert_array_equal(read["rgb"].numpy().transpose(1, 2, 0), room.rgb)
     np.testing.assert_allclose(read["depth"][0].numpy(), room.depth_m, atol=6e-4)

@@ -68,10 +68,9 @@ def fake_run(
     samples: int = 1,
     size: tuple[int, int] = (120, 160),
     points: int = 40,
-    images: bool = False,
     seed: int = 0,
 ) -> Path:
-    """Draw a run folder in the format of the contracts, the same for the same arguments."""
+    """Draw the folder of a segmentation run, the same for the same arguments."""
     rng = np.random.default_rng(seed)
     scored = fuser == "token"
     streams = [*modalities, "ensemble"] if len(modalities) > 1 else list(modalities)
@@ -103,14 +102,14 @@ def fake_run(
             if point % max(points // 8, 1) == 0:
                 figures = {f"{name}/miou": value * (1 - np.exp(-5 * part)) for name, value in final.items()}
                 file.write(json.dumps({"step": step, "split": "val", "time": 1.6 * step, **figures}) + "\n")
-    _write_evaluation(path, rng, modalities, streams, final, level if scored else {}, images)
-    _write_samples(path, rng, modalities, streams, scored, samples, size, images, level)
+    _write_evaluation(path, rng, modalities, streams, final, level if scored else {})
+    _write_samples(path, rng, modalities, streams, scored, samples, size, level)
     return path
 
 
 def _write_evaluation(
     path: Path, rng: np.random.Generator, modalities: Sequence[str], streams: list[str], final: dict[str, float],
-    level: dict[tuple[str, str], float], images: bool,
+    level: dict[tuple[str, str], float],
 ) -> None:  # fmt: skip
     exchange = {b: {m: level[b, m] if b != "stage3.1" else 0.0 for m in modalities} for b in BLOCKS} if level else {}
     iou = {name: [float(rng.uniform(value - 25, value + 25)) for _ in CLASSES] for name, value in final.items()}
@@ -121,19 +120,16 @@ def _write_evaluation(
         "per_class": {s: {"iou": [*v[:-1], None], "accuracy": [x + 9 for x in v]} for s, v in iou.items()},
         "exchange": exchange, "donor_below": {b: dict.fromkeys(modalities, 0.64) for b in exchange},
     }  # fmt: skip
-    if images:
-        table = {name: {"fid": 90 - v, "mae": v / 1000} for name, v in final.items()}
-        evaluation |= {"task": "translation", "streams": table, "classes": [], "per_class": {}}
     (path / "metrics.json").write_text(json.dumps(evaluation))
 
 
 def _write_samples(
     path: Path, rng: np.random.Generator, modalities: Sequence[str], streams: list[str], scored: bool, samples: int,
-    size: tuple[int, int], images: bool, level: dict[tuple[str, str], float],
+    size: tuple[int, int], level: dict[tuple[str, str], float],
 ) -> None:  # fmt: skip
     colours = [[174, 199, 232], [152, 223, 138], [240, 240, 215], [31, 119, 180], [214, 39, 40], None, [148, 103, 189]]
     index = {
-        "task": "translation" if images else "segmentation", "ids": [f"{n:04d}" for n in range(samples)],
+        "task": "segmentation", "ids": [f"{n:04d}" for n in range(samples)],
         "modalities": list(modalities), "blocks": BLOCKS if scored else [], "threshold": 0.02 if scored else None,
         "classes": [{"name": n, "color": c} for n, c in zip(CLASSES, [*colours, None], strict=True)], "ignore": 255,
     }  # fmt: skip
@@ -141,12 +137,10 @@ def _write_samples(
     for number in range(samples):
         rgb, depth, label = scene(number, *size)
         arrays: dict[str, Any] = {f"input/{m}": rgb if m == "rgb" else depth for m in modalities}
-        arrays["target"] = rgb if images else label
+        arrays["target"] = label
         for stream in streams:
             wrong = 0.02 if stream == "ensemble" else 0.1
-            noise = rng.integers(-30, 30, rgb.shape)
-            shown = (rgb + noise).clip(0, 255).astype(np.uint8) if images else guess(label, rng, wrong)
-            arrays[f"prediction/{stream}"] = shown
+            arrays[f"prediction/{stream}"] = guess(label, rng, wrong)
         for block in BLOCKS if scored else []:
             divisor = STAGES[block.split(".")[0]][0][1] // 2
             grid = (-(-size[0] // divisor), -(-size[1] // divisor))

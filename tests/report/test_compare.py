@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from report.fake import Page, damage, fake_run
+from report.fake_translation import fake_translation
 
 from tokenfusion.errors import UserError
 from tokenfusion.report import write_comparison
@@ -32,6 +33,38 @@ def test_comparison_marks_the_best_and_lists_what_differs(tmp_path: Path) -> Non
     assert "data.root" not in keys
     assert all(source.startswith("data:image/") for source in page.loaded)
     assert len(page.loaded) == 2
+
+
+def test_translations_are_ranked_downwards_and_collapsed_ones_not_at_all(tmp_path: Path) -> None:
+    runs = [
+        fake_translation(tmp_path / "token", samples=0, points=0),
+        fake_translation(tmp_path / "late", fuser="none", samples=0, seed=3, points=0),
+        fake_translation(tmp_path / "grey", fuser="none", samples=0, seed=4, points=0, collapsed=("ensemble",)),
+    ]
+    for run, value in zip(runs, (0.25, 0.5, 0.125), strict=True):
+        evaluation = json.loads((run / "metrics.json").read_text())
+        evaluation["streams"]["ensemble"]["mae"] = value
+        damage(run / "metrics.json", json.dumps(evaluation))
+    text = Page(write_comparison(runs, tmp_path)).text
+    assert "MAE of normal Lower is better." in text
+    assert "grey: The images made by ensemble have collapsed" in text
+    assert "token best ensemble" in text
+    assert text.count("best ensemble") == 1
+    assert "Run Stream MAE MSE Mean angle, ° Contrast Diversity" in text
+    assert "different" not in text
+
+
+def test_runs_that_make_different_things_have_no_best(tmp_path: Path) -> None:
+    runs = [
+        fake_translation(tmp_path / "normal", samples=0, points=0),
+        fake_translation(tmp_path / "rgb", target="rgb", features="pixels 8x8", samples=0, points=0),
+        fake_run(tmp_path / "labels", samples=0, points=0),
+    ]
+    text = Page(write_comparison(runs, tmp_path)).text
+    assert "The runs make different things (normal; rgb; segmentation)." in text
+    assert "The runs are ranked by different figures (MAE; FID; mIoU, %)." in text
+    assert "Target" in text
+    assert "best ensemble" not in text
 
 
 def test_comparison_warns_of_different_protocols(tmp_path: Path) -> None:

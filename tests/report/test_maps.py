@@ -84,6 +84,21 @@ def test_chosen_blocks_are_the_ends_of_each_stage() -> None:
     assert maps.chosen_blocks(["block.0"]) == [("block.0", 1, 1)]
 
 
+def test_encoder_and_decoder_are_bands_of_their_own() -> None:
+    blocks = ["enc1.0", "enc2.1", "dec1.0", "dec1.1"]
+    assert maps.bands(blocks) == [["enc1.0", "enc2.1"], ["dec1.0", "dec1.1"]]
+    assert maps.bands(["stage1.0", "stage4.12"]) == [["stage1.0", "stage4.12"]]
+
+
+def test_small_images_grow_by_whole_factors() -> None:
+    image = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    large = maps.enlarge(image, 11)
+    assert large.shape == (6, 9, 3)
+    assert np.array_equal(large[::3, ::3], image)
+    assert np.array_equal(large[2::3, 2::3], image)
+    assert np.array_equal(maps.enlarge(image, 2), image)
+
+
 def test_palette_keeps_given_colours_and_fills_in_distinct_ones() -> None:
     colours = maps.palette([[1, 2, 3], *[None] * 39])
     assert colours[0].tolist() == [1, 2, 3]

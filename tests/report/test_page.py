@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 from report.fake import Page, damage, fake_run
+from report.fake_translation import fake_translation
 
 from tokenfusion.errors import UserError
 from tokenfusion.report import write_report
+from tokenfusion.report.page import _in_order, _losses
 
 SMALL = (48, 64)
 
@@ -64,25 +66,87 @@ def test_names_are_escaped(full: Path, tmp_path: Path) -> None:
 
 
 def test_report_is_a_function_of_the_run(tmp_path: Path) -> None:
-    run = fake_run(tmp_path / "run", fuser="concat", images=True, points=0, size=SMALL)
+    run = fake_translation(tmp_path / "run", fuser="concat", points=0, size=SMALL)
     assert write_report(run).read_bytes() == write_report(run).read_bytes()
 
 
-def test_figures_of_images_and_three_streams(tmp_path: Path) -> None:
-    streams = ("rgb", "depth", "normal")
-    run = fake_run(tmp_path / "run", streams, images=True, points=0, size=SMALL)
+@pytest.fixture(scope="module")
+def translation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of a whole translation run, written once; only read it."""
+    path = tmp_path_factory.mktemp("translation") / "run"
+    return write_report(fake_translation(path, every=True, points=8, size=(64, 64)))
+
+
+def test_translation_is_ranked_by_its_primary_figure(translation: Path) -> None:
+    streams = json.loads((translation.parent / "metrics.json").read_text())["streams"]
+    text = Page(translation).text
+    best = min(("shade", "edge_texture"), key=lambda name: streams[name]["mae"])
+    difference = streams["ensemble"]["mae"] - streams[best]["mae"]
+    assert f"{difference:+.4f} against the best single stream, {best}; lower is better" in text
+    assert "Stream MAE MSE Mean angle, ° Contrast Diversity" in text
+    row = streams["ensemble"]
+    assert f"ensemble {row['mae']:.4f} {row['mse']:.4f} {row['angle_deg']:.2f} {row['contrast']:.2f}" in text
+    assert "Target normal" in text
+
+
+def test_translation_page_has_no_word_of_segmentation(translation: Path) -> None:
+    page = Page(translation)
+    assert "IoU" not in page.text
+    assert "Classes" not in page.text
+    assert "classes" not in page.ids
+    assert "collapsed" not in page.text
+    assert all(link[1:] in page.ids for link in page.links)
+
+
+def test_translation_shows_a_loss_chart_for_each_phase(translation: Path) -> None:
+    page = Page(translation)
+    charts = {"MAE by stream, validation; lower is better", "Discriminator loss by term", "Generator loss by term",
+              "Learning rate", "At the end, in percent"}  # fmt: skip
+    assert charts <= set(page.captions)
+    assert "Loss by term" not in page.captions
+    assert sum(caption.startswith(("enc", "dec")) for caption in page.captions) == 2 * 18
+    assert "how far the colours shown differ, mean over the channels" in page.text
+
+
+def test_streams_keep_their_colours_in_the_losses_of_a_phase() -> None:
+    names = ["generator/adversarial", "generator/l1/a", "generator/l1/ensemble", "generator/total", "discriminator/a"]
+    found = dict(_losses({name: ([1], [1.0]) for name in names}))
+    assert list(found) == ["Discriminator loss by term", "Generator loss by term"]
+    assert list(found["Generator loss by term"]) == ["l1 a", "l1 ensemble", "adversarial", "total"]
+    assert list(found["Discriminator loss by term"]) == ["a"]
+
+
+def test_decoder_follows_its_encoder() -> None:
+    blocks = dict.fromkeys(("dec1.10", "dec1.9", "enc2.0", "enc1.3"), 0)
+    assert list(_in_order(blocks)) == ["enc1.3", "enc2.0", "dec1.9", "dec1.10"]
+
+
+def test_features_and_three_streams(tmp_path: Path) -> None:
+    streams = ("shade", "depth", "normal")
+    run = fake_translation(tmp_path / "run", streams, "rgb", features="dinov2-vits14", points=0, size=SMALL)
     figures = json.loads((run / "metrics.json").read_text())["streams"]
     page = Page(write_report(run))
     best = min(streams, key=lambda name: figures[name]["fid"])
     assert f"against the best single stream, {best}; lower is better" in page.text
+    assert "Stream FID KID ×100 ± sd MAE" in page.text
+    assert "on dinov2-vits14" in page.text
     assert "do not tell which stream stood in" in page.text
-    assert "no figures by class" in page.text
     assert "The rates over training were not logged" in page.text
+
+
+def test_collapsed_generator_is_a_warning_and_no_rival(tmp_path: Path) -> None:
+    run = fake_translation(tmp_path / "run", fuser="none", collapsed=("shade", "ensemble"), points=0, size=SMALL)
+    text = Page(write_report(run)).text
+    warning = "The images made by shade and ensemble have collapsed: they are constant, or the same whatever comes in"
+    assert warning in text
+    assert text.index(warning) < text.index("ensemble MAE")
+    assert "lower train.lr or a larger loss.l1" in text
+    assert "against the best single stream, edge_texture" in text
 
 
 @pytest.mark.parametrize("fuser", ["none", "concat"])
 def test_fuser_without_scores_says_so(tmp_path: Path, fuser: str) -> None:
-    text = Page(write_report(fake_run(tmp_path / "run", fuser=fuser, images=True, points=0, size=SMALL))).text
+    text = Page(write_report(fake_translation(tmp_path / "run", fuser=fuser, points=0, size=SMALL))).text
     assert "its fuser substitutes no tokens" in text
     assert "this fuser scores no tokens" in text
 
@@ -107,7 +171,7 @@ def test_exchange_of_nearly_nothing_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_single_modality_and_no_samples_are_said(tmp_path: Path) -> None:
-    run = fake_run(tmp_path / "run", modalities=("rgb",), fuser="none", images=True, samples=0, points=0)
+    run = fake_translation(tmp_path / "run", modalities=("shade",), fuser="none", samples=0, points=0)
     text = Page(write_report(run)).text
     assert "a single stream, so there is nothing to exchange" in text
     assert "No samples were kept" in text

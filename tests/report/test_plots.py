@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tokenfusion.report import plots
+from tokenfusion.report.theme import DARK, LIGHT, Theme
 
 LINES = [
     {"step": 10, "split": "train", "time": 1.0, "loss/rgb": 2.0, "lr": 1e-4, "exchange/stage1.0/rgb": 0.25},
@@ -53,8 +54,8 @@ def test_running_mean_keeps_constants_and_leaves_gaps_out() -> None:
     assert math.isnan(plots._running_mean([math.nan, math.nan, math.nan], 1)[0])
 
 
-@pytest.mark.parametrize("theme", [plots.LIGHT, plots.DARK])
-def test_curves_stand_on_the_page_in_its_colours(theme: plots.Theme) -> None:
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+def test_curves_stand_on_the_page_in_its_colours(theme: Theme) -> None:
     picture = pixels(plots.curves({"rgb": ([1, 2], [1.0, 2.0]), "ensemble": ([1, 2], [2.0, 3.0])}, theme))
     assert picture.shape[1] == round(plots.CHART[0] * plots.DPI)
     assert near(picture, theme.surface) > 0.8 * picture[..., 0].size
@@ -68,14 +69,14 @@ def test_curves_stand_on_the_page_in_its_colours(theme: plots.Theme) -> None:
 )
 def test_curves_of_any_values(values: list[float]) -> None:
     steps = list(range(len(values)))
-    assert plots.curves({"a": (steps, values), "$x_": (steps, values)}, plots.LIGHT, "%", loss=True)
+    assert plots.curves({"a": (steps, values), "$x_": (steps, values)}, LIGHT, "%", loss=True)
 
 
 def test_picture_is_a_function_of_the_values_and_only_losses_are_logarithmic() -> None:
     found = {"a": ([1, 2, 3], [1.0, 2.0, 40.0])}
-    linear = plots.curves(found, plots.LIGHT)
-    assert linear == plots.curves(found, plots.LIGHT)
-    assert linear != plots.curves(found, plots.LIGHT, loss=True)
+    linear = plots.curves(found, LIGHT)
+    assert linear == plots.curves(found, LIGHT)
+    assert linear != plots.curves(found, LIGHT, loss=True)
 
 
 @pytest.mark.parametrize(("share", "text"), [(0.0, "0"), (0.0049, "<1"), (0.006, "1"), (0.5, "50"), (1.0, "100")])
@@ -84,45 +85,65 @@ def test_a_little_is_not_nothing(share: float, text: str) -> None:
 
 
 def test_many_long_names_make_room_for_their_legend() -> None:
-    one = pixels(plots.curves({"a": ([1], [1.0])}, plots.LIGHT))
-    many = pixels(plots.curves({f"a run with quite a long name {n}": ([1], [1.0]) for n in range(9)}, plots.LIGHT))
+    one = pixels(plots.curves({"a": ([1], [1.0])}, LIGHT))
+    many = pixels(plots.curves({f"a run with quite a long name {n}": ([1], [1.0]) for n in range(9)}, LIGHT))
     assert many.shape[0] > one.shape[0]
     assert many.shape[1] == one.shape[1]
 
 
+def test_ensemble_is_strong_by_either_name() -> None:
+    found = {"l1 ensemble": ([1, 2], [1.0, 2.0])}
+    strong = near(pixels(plots.curves(found, LIGHT)), LIGHT.ink)
+    assert strong > near(pixels(plots.curves({"l1 rgb": found["l1 ensemble"]}, LIGHT)), LIGHT.ink) + 500
+
+
+def test_constant_rate_leaves_its_axis_labels_whole() -> None:
+    picture = pixels(plots.curves({"learning rate": ([1, 2], [2e-4, 2e-4])}, LIGHT))
+    assert near(picture[:, :4], LIGHT.surface) == picture[:, :4, 0].size  # nothing runs out on the left
+
+
+def test_long_names_of_columns_take_two_lines() -> None:
+    assert plots._column("edge_texture") == "edge_\ntexture"
+    assert plots._column("depth_zbuffer_filled") == "depth_\nzbuffer_f…"
+    assert plots._column("shade") == "shade"
+    assert plots._column("principalcurvature") == "principal…"
+    rates = {"enc1.0": {"edge_texture": 0.5}}
+    assert plots.exchange_at_end(rates, rates, ["edge_texture"], LIGHT)
+
+
 def test_exchange_at_the_end_is_shaded_by_its_share() -> None:
-    full = pixels(plots.exchange_at_end({"stage1.0": {"rgb": 1.0, "depth": 1.0}}, {}, ["rgb", "depth"], plots.LIGHT))
-    none = pixels(plots.exchange_at_end({"stage1.0": {"rgb": 0.0, "depth": 0.0}}, {}, ["rgb", "depth"], plots.LIGHT))
-    assert near(full, plots.LIGHT.orange) > 5000
-    assert near(none, plots.LIGHT.orange) == 0
+    full = pixels(plots.exchange_at_end({"stage1.0": {"rgb": 1.0, "depth": 1.0}}, {}, ["rgb", "depth"], LIGHT))
+    none = pixels(plots.exchange_at_end({"stage1.0": {"rgb": 0.0, "depth": 0.0}}, {}, ["rgb", "depth"], LIGHT))
+    assert near(full, LIGHT.orange) > 5000
+    assert near(none, LIGHT.orange) == 0
 
 
 def test_share_of_nothing_is_left_empty() -> None:
     below = {"stage1.0": {"rgb": 1.0}}
-    some = pixels(plots.exchange_at_end({"stage1.0": {"rgb": 0.5}}, below, ["rgb"], plots.LIGHT))
-    none = pixels(plots.exchange_at_end({"stage1.0": {"rgb": 0.0}}, below, ["rgb"], plots.LIGHT))
-    unknown = pixels(plots.exchange_at_end({"stage1.0": {"rgb": None}}, below, ["rgb"], plots.LIGHT))
-    assert near(some, plots.LIGHT.blue) > 2000
-    assert near(none, plots.LIGHT.blue) == 0
-    assert near(unknown, plots.LIGHT.blue) == 0
+    some = pixels(plots.exchange_at_end({"stage1.0": {"rgb": 0.5}}, below, ["rgb"], LIGHT))
+    none = pixels(plots.exchange_at_end({"stage1.0": {"rgb": 0.0}}, below, ["rgb"], LIGHT))
+    unknown = pixels(plots.exchange_at_end({"stage1.0": {"rgb": None}}, below, ["rgb"], LIGHT))
+    assert near(some, LIGHT.blue) > 2000
+    assert near(none, LIGHT.blue) == 0
+    assert near(unknown, LIGHT.blue) == 0
 
 
 def test_exchange_charts_of_the_same_blocks_are_equally_high() -> None:
-    end = pixels(plots.exchange_at_end({f"stage1.{n}": {"rgb": 0.5} for n in range(5)}, {}, ["rgb"], plots.DARK))
+    end = pixels(plots.exchange_at_end({f"stage1.{n}": {"rgb": 0.5} for n in range(5)}, {}, ["rgb"], DARK))
     found = {f"stage1.{n}": ([10, 20], [0.0, 1.0]) for n in range(5)}
-    assert pixels(plots.exchange_over_training(found, plots.DARK)).shape[0] == end.shape[0]
+    assert pixels(plots.exchange_over_training(found, DARK)).shape[0] == end.shape[0]
 
 
 def test_exchange_over_training_grows_to_the_right() -> None:
-    picture = pixels(plots.exchange_over_training({"stage1.0": ([10, 20], [0.0, 1.0])}, plots.LIGHT))
+    picture = pixels(plots.exchange_over_training({"stage1.0": ([10, 20], [0.0, 1.0])}, LIGHT))
     columns = np.nonzero((np.abs(picture.astype(int) - [224, 134, 0]).max(axis=2) <= 12).any(axis=0))[0]
     assert columns.size
     assert columns.min() > picture.shape[1] * 0.5
-    assert plots.exchange_over_training({"a": ([10], [0.5]), "b": ([20], [math.nan])}, plots.LIGHT)
+    assert plots.exchange_over_training({"a": ([10], [0.5]), "b": ([20], [math.nan])}, LIGHT)
 
 
 def test_class_bars_take_any_name_and_missing_values() -> None:
     scores = {"rgb": [10.0, None, 30.0], "ensemble": [20.0, None, 40.0]}
-    data = plots.class_bars(["a$b$", "<&>", "a name that is much longer than its place"], scores, "IoU, %", plots.LIGHT)
-    assert near(pixels(data), plots.LIGHT.cycle[0]) > 50
-    assert plots.class_bars(["a"], {"rgb": [None]}, "IoU, %", plots.DARK)
+    data = plots.class_bars(["a$b$", "<&>", "a name that is much longer than its place"], scores, "IoU, %", LIGHT)
+    assert near(pixels(data), LIGHT.cycle[0]) > 50
+    assert plots.class_bars(["a"], {"rgb": [None]}, "IoU, %", DARK)

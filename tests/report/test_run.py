@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from report.fake import damage, fake_run
+from report.fake_translation import fake_translation
 
 from tokenfusion.errors import UserError
-from tokenfusion.report.run import component, read_run
+from tokenfusion.report.run import collapse, component, read_run
 
 
 def test_whole_run_states_its_facts(tmp_path: Path) -> None:
@@ -60,10 +61,32 @@ def test_without_eval_the_last_evaluation_of_training_counts(tmp_path: Path) -> 
     assert run.figures() == {"rgb": {"miou": 2.0}, "ensemble": {"miou": 3.0}}
 
 
+def test_translation_states_its_target_and_what_ranks(tmp_path: Path) -> None:
+    run = read_run(fake_translation(tmp_path / "run", features="pixels 8x8", samples=0, points=0))
+    assert (run.task(), run.target(), run.primary()) == ("translation", "normal", "fid")
+    assert run.facts()["Target"] == "normal"
+    assert run.facts()["Protocol"].endswith("on pixels 8x8")
+    (tmp_path / "run" / "metrics.json").unlink()
+    assert read_run(tmp_path / "run").target() == "normal"
+
+
+@pytest.mark.parametrize(("row", "primary"), [({"mae": 1, "miou": 2}, "miou"), ({"mse": 1, "fid": 2}, "mse"), ({}, "")])
+def test_primary_that_is_not_stated_is_miou_or_the_first(tmp_path: Path, row: dict[str, float], primary: str) -> None:
+    damage(tmp_path / "recipe.yaml", "seed: 1\n")
+    damage(tmp_path / "metrics.json", json.dumps({"streams": {"rgb": row}}))
+    assert read_run(tmp_path).primary() == primary
+
+
+def test_collapse_is_told_for_every_number_of_streams() -> None:
+    assert collapse([]) == ""
+    assert collapse(["rgb"]).startswith("The images made by rgb have collapsed")
+    assert "by rgb, depth and ensemble have" in collapse(["rgb", "depth", "ensemble"])
+
+
 def test_ensemble_of_one_stream_is_left_out(tmp_path: Path) -> None:
     damage(tmp_path / "recipe.yaml", "data: {modalities: [rgb]}\n")
     damage(tmp_path / "metrics.json", json.dumps({
-        "streams": {"rgb": {"miou": 1}, "ensemble": {"miou": 1}}, "classes": ["a"],
+        "streams": {"rgb": {"miou": 1}, "ensemble": {"miou": 1}}, "classes": ["a"], "collapsed": ["rgb", "ensemble"],
         "per_class": {"rgb": {"iou": [1]}, "ensemble": {"iou": [1]}},
     }))  # fmt: skip
     line = {"step": 1, "split": "val", "rgb/miou": 1, "ensemble/miou": 1, "loss/ensemble": 2}
@@ -71,6 +94,7 @@ def test_ensemble_of_one_stream_is_left_out(tmp_path: Path) -> None:
     run = read_run(tmp_path)
     assert run.figures() == {"rgb": {"miou": 1}}
     assert run.evaluation.per_class.keys() == {"rgb"}
+    assert run.evaluation.collapsed == ["rgb"]
     assert run.lines == [{"step": 1, "split": "val", "rgb/miou": 1}]
 
 
@@ -99,6 +123,8 @@ def test_component_in_a_few_words(value: object, words: str) -> None:
             '{"classes": ["a"], "per_class": {"rgb": {"iou": [1, 2]}}}',
             "per_class.rgb.iou holds 2 values, not 1",
         ),
+        ("metrics.json", '{"primary": "fid", "streams": {"rgb": {"mae": 1}}}', "primary is 'fid', which no stream has"),
+        ("metrics.json", '{"collapsed": "rgb"}', "key collapsed"),
         ("metrics.jsonl", '{"step": 1, "split": "val"}\n{"step": 2, "sp', "line 2"),
         ("metrics.jsonl", "[1]\n", "line 1"),
         ("samples/index.json", '{"ids": 3}', "key ids"),

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from report.fake import fake_run
+from report.fake_translation import fake_translation
 
 from tokenfusion.errors import UserError
 from tokenfusion.report import maps
@@ -62,7 +63,7 @@ def test_labels_keep_their_colours_and_large_pictures_shrink(tmp_path: Path) -> 
     colours = {tuple(colour) for colour in np.asarray(pictures["target"]).reshape(-1, 3).tolist()}
     assert colours <= {tuple(colour) for colour in [*run.samples.palette().tolist(), list(maps.IGNORED)]}
     assert pictures["rgb"].size == (SIDE, SIDE * 3 // 4)
-    exchanged = Image.open(io.BytesIO(found["streams"][0][1][0].data))
+    exchanged = Image.open(io.BytesIO(found["streams"][0][1][0].pictures[0].data))
     assert exchanged.size == (MAP_SIDE, MAP_SIDE * 3 // 4)
 
 
@@ -71,12 +72,12 @@ def test_maps_of_exchanged_tokens_state_their_share(run: Run) -> None:
         exchanged = archive["scores/stage2.1"].astype(np.float32) < np.float32(0.02)
     found = sample(run, "0000")
     both = exchanged.all(axis=0).sum()
-    for stream, (_, pictures) in zip(exchanged, found["streams"], strict=True):
-        note = next(item.note for item in pictures if item.caption == "stage2.1")
+    for stream, (_, bands) in zip(exchanged, found["streams"], strict=True):
+        note = next(item.note for item in bands[0].pictures if item.caption == "stage2.1")
         assert note == f"{100 * stream.mean():.0f} %, {100 * both / stream.sum():.0f} % of them blue"
     blocks = ["stage1.0", "stage1.1", "stage2.0", "stage2.1", "stage3.0", "stage3.2", "stage4.0", "stage4.1"]
-    for _, pictures in found["streams"]:
-        assert sorted(item.caption for item in pictures) == blocks
+    for _, bands in found["streams"]:
+        assert [sorted(item.caption for item in band.pictures) for band in bands] == [blocks]
 
 
 def test_where_nothing_was_exchanged_the_lowest_score_is_told(run: Run) -> None:
@@ -91,7 +92,7 @@ def test_three_streams_leave_the_stand_in_out(tmp_path: Path) -> None:
     found = sample(run, "0000")
     assert [name for name, _ in found["streams"]] == ["rgb", "depth", "normal"]
     assert not found["below"]
-    assert not any("blue" in item.note for _, pictures in found["streams"] for item in pictures)
+    assert not any("blue" in item.note for _, (band,) in found["streams"] for item in band.pictures)
 
 
 def test_fuser_without_scores_has_no_maps(tmp_path: Path) -> None:
@@ -108,10 +109,39 @@ def test_single_stream_stands_in_one_row_without_its_ensemble(tmp_path: Path) ->
     assert {item.row for item in found["pictures"]} == {1}
 
 
-def test_predictions_may_be_images(tmp_path: Path) -> None:
-    found = sample(read_run(fake_run(tmp_path / "run", images=True, size=(48, 64), points=0)), "0000")
-    assert any("of the range off" in caption for caption in captions(found))
+def test_translation_shows_truth_predictions_and_errors_as_images(tmp_path: Path) -> None:
+    run = read_run(fake_translation(tmp_path / "run", size=(48, 64), points=0))
+    found = sample(run, "0000")
+    assert {(item.caption, item.column, item.row) for item in found["pictures"]} == {
+        ("shade", 1, 1), ("edge_texture", 2, 1), ("normal: truth", 3, 1),
+        ("shade: prediction", 1, 2), ("edge_texture: prediction", 2, 2), ("ensemble: prediction", 3, 2),
+        ("shade: errors", 1, 3), ("edge_texture: errors", 2, 3), ("ensemble: errors", 3, 3),
+    }  # fmt: skip
+    with np.load(run.path / "samples" / "0000.npz") as archive:
+        difference = np.abs(archive["prediction/shade"].astype(float) - archive["target"]).mean() / 255
+    assert f"shade: errors, colours {100 * difference:.1f} % off" in captions(found)
     assert found["legend"] == []
+    assert found["shaded"]
+
+
+def test_blocks_of_nine_stages_stand_in_two_bands(tmp_path: Path) -> None:
+    run = read_run(fake_translation(tmp_path / "run", every=True, size=(64, 64), points=0))
+    found = sample(run, "0000")
+    for _, (encoder, decoder) in found["streams"]:
+        assert {(item.column, item.row) for item in encoder.pictures} == {(c, r) for c in range(1, 6) for r in (1, 2)}
+        assert [item.caption for item in decoder.pictures][:2] == ["dec1.0", "dec1.1"]
+        assert not encoder.single
+    assert found["stages"] == 5
+    last = sample(read_run(fake_translation(tmp_path / "last", size=(64, 64), points=0)), "0000")
+    assert [band.single for _, bands in last["streams"] for band in bands] == [True, True]
+
+
+def test_small_pictures_are_crisp_and_their_maps_are_enlarged(run: Run, tmp_path: Path) -> None:
+    found = sample(run, "0000")
+    assert all(item.crisp for item in found["pictures"])
+    assert Image.open(io.BytesIO(found["streams"][0][1][0].pictures[0].data)).size == (256, 192)
+    large = sample(read_run(fake_run(tmp_path / "large", size=(200, 260), points=0)), "0000")
+    assert not any(item.crisp for item in large["pictures"])
 
 
 def test_sample_without_target_has_no_errors(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""The composer: a single-modal network, its blocks run on all streams by a fuser."""
+"""The composer: a single-modal network, its blocks run on all streams by fusers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from tokenfusion.backbones.mit import MiT, MiTBlock, to_map
+from tokenfusion.backbones.mit import MiTBlock, Pyramid, to_map
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.alignment import LearnedPosition
 from tokenfusion.fusion.exchange import ExchangeRates
@@ -35,17 +35,17 @@ class FusedBackbone(nn.Module):
         fuser: makes one fuser from (dim, modalities, stage), e.g. ``functools.partial(TokenFusion, threshold=0.02)``.
         score_nets: ``"stage"``: the blocks of a stage share a fuser, and so its score networks (released);
             ``"block"``: one each (the paper's ``s^l``).
-        placement: ``"every"`` block fuses, or only the ``"last"`` one of each stage.
+        placement: ``"every"`` block fuses, or only the ``"last"`` one of each stage, and none of a decoder (released).
         alignment: residual positional alignment (Sec. 3.3).
         private: kinds of layers that every modality has for itself.
 
-    Shape: ``{name: [B, 3, H, W]} -> FusedFeatures``. Names that are left out are missing modalities; ``present`` says the same
+    Shape: ``{name: [B, C, H, W]} -> FusedFeatures``. Names that are left out are missing modalities; ``present`` says the same
     per sample; every sample needs one at least. A missing stream starts as zeros after the stem.
     """
 
     def __init__(
         self,
-        backbone: MiT,
+        backbone: Pyramid,
         modalities: Sequence[str],
         fuser: FuserFactory,
         score_nets: Literal["stage", "block"] = "stage",
@@ -67,6 +67,7 @@ class FusedBackbone(nn.Module):
         self.fusers = nn.ModuleList()
         for index, stage in enumerate(backbone.parts()):
             count = len(stage.blocks) if score_nets == "block" and placement == "every" else 1
+            count = 0 if placement == "last" and stage.is_decoder else count
             self.fusers.append(nn.ModuleList(fuser(stage.dim, len(modalities), index) for _ in range(count)))
         self.plain = NoFusion(0, len(modalities))
         self.position = LearnedPosition(backbone.dims[0]) if alignment else None
@@ -82,8 +83,8 @@ class FusedBackbone(nn.Module):
 
     def fuser_of(self, stage: int, block: int) -> Fuser:
         """The fuser that runs a block."""
-        last = len(self.backbone.parts()[stage].blocks) - 1
-        if self.placement == "last" and block < last:
+        part = self.backbone.parts()[stage]
+        if self.placement == "last" and (part.is_decoder or block < len(part.blocks) - 1):
             return self.plain
         fusers = cast("nn.ModuleList", self.fusers[stage])
         return cast("Fuser", fusers[block if len(fusers) > 1 else 0])
@@ -95,7 +96,7 @@ class FusedBackbone(nn.Module):
 
     def block_names(self) -> list[str]:
         """Readable names of the fused blocks: ``stage1.0`` is the first block of the first stage."""
-        return [f"stage{s + 1}.{b}" for s, b in self.fused_blocks()]
+        return [f"{self.backbone.parts()[s].name}.{b}" for s, b in self.fused_blocks()]
 
     def rates(self, features_scores: Sequence[Tensor], present: Tensor | None = None) -> dict[str, ExchangeRates]:
         """Exchange rates per fused block."""
@@ -103,6 +104,16 @@ class FusedBackbone(nn.Module):
             name: self.fuser_of(s, b).rates(scores, present)
             for name, (s, b), scores in zip(self.block_names(), self.fused_blocks(), features_scores, strict=True)
         }
+
+    def score_maps(self, scores: Sequence[Tensor], size: Sequence[int]) -> dict[str, Tensor]:
+        """Scores per fused block ``[M, B, N]`` as maps ``{block name: [M, B, h, w]}``; ``size``: rows, columns of the image."""
+        maps = {}
+        for name, (stage, _), score in zip(self.block_names(), self.fused_blocks(), scores, strict=True):
+            stride, multiple = self.backbone.parts()[stage].stride, self.backbone.multiple
+            rows, columns = (-(-n // stride) for n in size)
+            grid = [-(-(-(-n // multiple) * multiple) // stride) for n in size]  # of the padded image
+            maps[name] = score.unflatten(-1, grid)[..., :rows, :columns]
+        return maps
 
     def check_size(self, shape: Sequence[int]) -> None:
         """Raise a UserError where images ``[..., H, W]`` are too small for the pyramid."""
@@ -112,7 +123,7 @@ class FusedBackbone(nn.Module):
             raise UserError(f"an image of {size} pixels is too small: at least {smallest}x{smallest} is wanted")
 
     def stack(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """``{name: [B, 3, H, W]} -> [M, B, 3, H, W]`` and, where a name is missing, present ``[M, B]``."""
+        """``{name: [B, C, H, W]} -> [M, B, C, H, W]`` and, where a name is missing, present ``[M, B]``."""
         unknown = [name for name in inputs if name not in self.modalities]
         if unknown or not inputs:
             raise ValueError(f"inputs must be some of {', '.join(self.modalities)}; got {', '.join(inputs) or 'none'}")
@@ -141,17 +152,17 @@ class FusedBackbone(nn.Module):
         if present is not None:  # whatever a broken sensor sent, NaN too, goes no further, and neither do its gradients
             images = torch.where(present[:, :, None, None, None], images, 0)
         x = merge(images)
-        maps: list[Tensor] = []
+        merged: list[Tensor] = []
         scores: list[Tensor] = []
         for index, stage in enumerate(self.backbone.parts()):
-            tokens, grid = stage.embed(x)
+            tokens, grid = stage.enter(x, merged)
             tokens = split(tokens, len(self.modalities))
             if index == 0 and present is not None:
                 tokens = torch.where(present[:, :, None, None], tokens, 0)
             tokens = self._blocks(index, tokens, grid, present, scores)
             x = to_map(stage.norm(merge(tokens)), grid)
-            maps.append(split(x, len(self.modalities)))
-        return FusedFeatures(maps, scores, present)
+            merged.append(x)
+        return FusedFeatures([split(x, len(self.modalities)) for x in merged], scores, present)
 
     def _blocks(
         self, index: int, tokens: Tensor, grid: tuple[int, int], present: Tensor | None, scores: list[Tensor]

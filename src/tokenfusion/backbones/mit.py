@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,51 +115,51 @@ class MiTBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """Patch embedding, blocks, norm: halves (the first one: quarters) the map."""
+    """Patch embedding, blocks, norm: divides the map by the patch's stride.
+
+    Args:
+        name: what reports call it.
+        stride: pixels of the image per token, along each axis.
+        patch: kernel and stride of the embedding.
+    """
+
+    is_decoder = False
 
     def __init__(
-        self, channels: int, dim: int, heads: int, reduction: int, drop_paths: Sequence[float], first: bool
+        self,
+        name: str,
+        channels: int,
+        dim: int,
+        heads: int,
+        reduction: int,
+        drop_paths: Sequence[float],
+        stride: int,
+        patch: tuple[int, int],
     ) -> None:
         super().__init__()
-        self.dim = dim
-        self.embed = PatchEmbedding(channels, dim, *((7, 4) if first else (3, 2)))
+        self.name, self.dim, self.stride = name, dim, stride
+        self.embed = PatchEmbedding(channels, dim, *patch)
         self.blocks = nn.ModuleList(MiTBlock(dim, heads, reduction, rate) for rate in drop_paths)
         self.norm = nn.LayerNorm(dim, eps=EPS)
 
+    def enter(self, image: Tensor, maps: Sequence[Tensor]) -> tuple[Tensor, Grid]:
+        """The stage's tokens ``[B, N, C]`` and their grid, from the map before it; ``maps`` are those of all earlier stages."""
+        return self.embed(image)
 
-class MiT(nn.Module):
-    """A pyramid of four stages; any image of at least 32 x 32 pixels.
 
-    Args:
-        widths: channels of the four stages.
-        depths: blocks per stage.
-        channels: of the input image.
-        drop_path: stochastic depth of the last block; it rises linearly from 0 over all blocks.
+class Pyramid(nn.Module):
+    """Stages in a row, each on the normed map of the one before.
 
-    Shape: ``[B, channels, H, W] ->`` four normed maps ``[B, C_s, ceil(H / 2^(s+2)), ceil(W / 2^(s+2))]``, s = 0..3.
+    Shape: ``[B, channels, H, W] ->`` the normed map of every stage, ``[B, C_s, ceil(H / stride_s), ceil(W / stride_s)]``.
     """
 
-    heads = (1, 2, 5, 8)
-    reductions = (8, 4, 2, 1)
-    smallest = 32
+    smallest = 32  # pixels along each axis
+    multiple = 1  # images are padded to multiples of this
 
-    def __init__(self, widths: Sequence[int], depths: Sequence[int], channels: int = 3, drop_path: float = 0.1) -> None:
+    def __init__(self, stages: Sequence[nn.Module]) -> None:
         super().__init__()
-        rates = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
-        first = [sum(depths[:s]) for s in range(len(depths))]
-        inputs = (channels, *widths[:-1])
-        self.stages = nn.ModuleList(
-            Stage(
-                inputs[s],
-                widths[s],
-                self.heads[s],
-                self.reductions[s],
-                rates[first[s] : first[s] + depths[s]],
-                first=s == 0,
-            )
-            for s in range(len(widths))
-        )
-        self.apply(_initialise)
+        self.stages = nn.ModuleList(stages)
+        self.apply(initialise)
 
     def parts(self) -> list[Stage]:
         """The stages, typed."""
@@ -170,14 +170,70 @@ class MiT(nn.Module):
         return [stage.dim for stage in self.parts()]
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        maps = []
+        maps: list[Tensor] = []
         for stage in self.parts():
-            tokens, grid = stage.embed(image)
+            tokens, grid = stage.enter(image, maps)
             for block in stage.blocks:
                 tokens = block(tokens, grid)
             image = to_map(stage.norm(tokens), grid)
             maps.append(image)
         return maps
+
+
+class Layout(NamedTuple):
+    """What tells one pyramid from another beside widths and depths."""
+
+    heads: tuple[int, ...] = (1, 2, 5, 8)
+    reductions: tuple[int, ...] = (8, 4, 2, 1)
+    stem: tuple[int, int] = (7, 4)  # kernel and stride of the first patch embedding; the later ones have 3 and 2
+
+
+SEGFORMER = Layout()
+
+
+class MiT(Pyramid):
+    """A pyramid of four stages; any image of at least 32 x 32 pixels.
+
+    Args:
+        widths: channels of the stages.
+        depths: blocks per stage.
+        channels: of the input image.
+        drop_path: stochastic depth of the last block; it rises linearly from 0 over all blocks.
+        layout: SegFormer's unless said otherwise.
+        name: what stages are called before their number.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        depths: Sequence[int],
+        channels: int = 3,
+        drop_path: float = 0.1,
+        layout: Layout = SEGFORMER,
+        name: str = "stage",
+    ) -> None:
+        rates = iter(drop_rates(drop_path, sum(depths)))
+        inputs = (channels, *widths[:-1])
+        super().__init__(
+            [
+                Stage(
+                    f"{name}{s + 1}",
+                    inputs[s],
+                    widths[s],
+                    layout.heads[s],
+                    layout.reductions[s],
+                    [next(rates) for _ in range(depths[s])],
+                    layout.stem[1] * 2**s,
+                    layout.stem if s == 0 else (3, 2),
+                )
+                for s in range(len(widths))
+            ]
+        )
+
+
+def drop_rates(last: float, blocks: int) -> list[float]:
+    """Stochastic depth per block, rising linearly from 0 to ``last``."""
+    return [last * i / max(blocks - 1, 1) for i in range(blocks)]
 
 
 def mit(variant: str, channels: int = 3, drop_path: float = 0.1) -> MiT:
@@ -187,7 +243,7 @@ def mit(variant: str, channels: int = 3, drop_path: float = 0.1) -> MiT:
     return MiT(WIDTHS.get(variant, (64, 128, 320, 512)), DEPTHS[variant], channels, drop_path)
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
     """Linear: truncated normal 0.02; convolution: normal sqrt(2 / fan_out); biases zero."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

@@ -1,11 +1,11 @@
-"""Published checkpoints: safe reading, key maps, and a printed account of what was loaded, adapted and left random."""
+"""Published checkpoints: safe reading, and a printed account of what was loaded, adapted and left random."""
 
 from __future__ import annotations
 
 import pickle
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,116 +111,6 @@ def fetch(name: str) -> StateDict:
         except Exception as error:  # the hub's client raises many kinds; each means "not from there"
             problems.append(f"{file}: {str(error).splitlines()[0][:120]}")
     raise UserError(f"{name}: could not be fetched from the hub ({problems[0]}); download it and give the local path")
-
-
-# ---- key maps: foreign name -> our name, for one network of each layout --------------------------------------------
-
-
-def _substitutes(rules: list[tuple[str, str | Callable[[re.Match[str]], str]]]) -> Callable[[str], str]:
-    compiled = [(re.compile(pattern), target) for pattern, target in rules]
-
-    def rename(key: str) -> str:
-        for pattern, target in compiled:
-            key = pattern.sub(target, key)
-        return key
-
-    return rename
-
-
-def _one_less(prefix: str) -> Callable[[re.Match[str]], str]:
-    return lambda match: prefix.format(int(match.group(1)) - 1)
-
-
-_segformer = _substitutes(  # original mit_b*.pth, and what the released code keeps of it
-    [
-        (r"^patch_embed(\d)\.", _one_less("stages.{}.embed.")),
-        (r"^block(\d)\.", _one_less("stages.{}.blocks.")),
-        (r"^norm(\d)\.", _one_less("stages.{}.norm.")),
-        (r"\.attn\.", ".attention."),
-        (r"\.mlp\.dwconv\.dwconv\.", ".mlp.dwconv."),
-    ]
-)
-
-_hf_segformer = _substitutes(  # transformers' SegformerModel, with or without its task prefix
-    [
-        (r"^segformer\.", ""),
-        (r"^encoder\.patch_embeddings\.(\d)\.", r"stages.\1.embed."),
-        (r"^(stages\.\d\.embed)\.layer_norm\.", r"\1.norm."),
-        (r"^encoder\.block\.(\d)\.", r"stages.\1.blocks."),
-        (r"^encoder\.layer_norm\.(\d)\.", r"stages.\1.norm."),
-        (r"\.layer_norm_(\d)\.", r".norm\1."),
-        (r"\.attention\.self\.query\.", ".attention.q."),
-        (r"\.attention\.self\.layer_norm\.", ".attention.norm."),
-        (r"\.attention\.self\.", ".attention."),
-        (r"\.attention\.output\.dense\.", ".attention.proj."),
-        (r"\.mlp\.dense1\.", ".mlp.fc1."),
-        (r"\.mlp\.dense2\.", ".mlp.fc2."),
-        (r"\.mlp\.dwconv\.dwconv\.", ".mlp.dwconv."),
-    ]
-)
-
-
-def from_segformer(source: StateDict) -> StateDict:
-    """Original ``mit_b*.pth`` (keys ``patch_embed1.proj.weight`` ...) to MiT names."""
-    return {_segformer(key): value for key, value in source.items() if not key.startswith("head.")}
-
-
-def from_hf_segformer(source: StateDict) -> StateDict:
-    """transformers' SegformerModel to MiT names: key and value become one matrix; a head's entries are left as they are."""
-    renamed = {_hf_segformer(key): value for key, value in source.items()}
-    for key in [k for k in renamed if ".attention.key." in k or ".attention.value." in k]:
-        if ".attention.key." in key:
-            other = key.replace(".attention.key.", ".attention.value.")
-            renamed[key.replace(".attention.key.", ".attention.kv.")] = torch.cat([renamed[key], renamed[other]])
-    return {k: v for k, v in renamed.items() if ".attention.key." not in k and ".attention.value." not in k}
-
-
-def from_mit(source: StateDict) -> StateDict:
-    """Any of the single-modal MiT layouts, told apart by its keys."""
-    if any(key.startswith("stages.0.embed.") for key in source):
-        return source
-    if any(key.removeprefix("segformer.").startswith("encoder.patch_embeddings.") for key in source):
-        return from_hf_segformer(source)
-    if any(key.startswith("patch_embed1.") for key in source):
-        return from_segformer(source)
-    raise UserError(
-        f"weights with keys such as {next(iter(source))!r} are no MiT checkpoint: wanted patch_embed1.* (mit_b*.pth) or "
-        "encoder.patch_embeddings.* (Hugging Face)"
-    )
-
-
-_released = _substitutes(  # keys of a fused backbone in the released segmentation files, after _segformer
-    [
-        (r"\.module\.", "."),
-        (r"\.ln_(\d+)\.", r".\1."),
-        (r"^score_predictor\.(\d)\.score_nets\.(\d)\.", r"fusers.\1.0.score.nets.\2."),
-        (r"^stages\.", "backbone.stages."),
-    ]
-)
-
-_released_head = {
-    "linear_fuse.conv.weight": "head.fuse.weight",
-    **{f"linear_fuse.bn.{n}": f"head.norm.{n}" for n in ("weight", "bias")},
-    **{f"linear_fuse.bn.{n}": f"head.norm.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")},
-    **{f"linear_c{i + 1}.proj.{n}": f"head.projections.{i}.{n}" for i in range(4) for n in ("weight", "bias")},
-    **{f"linear_pred.{n}": f"head.classify.{n}" for n in ("weight", "bias")},
-}
-
-
-def from_released_segmentation(source: StateDict) -> StateDict:
-    """The released TokenFusion segmentation layout to the names of our fused segmenter."""
-    ours: StateDict = {}
-    for key, value in source.items():
-        if key == "alpha":
-            ours["ensemble.alpha"] = value
-        elif key.startswith("encoder."):
-            ours["backbone." + _released(_segformer(key.removeprefix("encoder.")))] = value
-        elif key.removeprefix("decoder.") in _released_head:
-            name = _released_head[key.removeprefix("decoder.")]
-            ours[name] = value.flatten(1) if name == "head.fuse.weight" else value
-        else:
-            raise UserError(f"key {key!r} is not part of the released segmentation layout")
-    return ours
 
 
 def load_into(network: nn.Module, source: StateDict) -> LoadReport:

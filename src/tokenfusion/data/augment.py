@@ -1,36 +1,19 @@
-"""Joint augmentation of all modalities and the target, and the frames that training and evaluation draw."""
+"""Joint augmentation of all modalities and the target."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tv
 
-from tokenfusion.data.folder import IGNORE, Folder
-from tokenfusion.data.modality import ModalitySpec, decode, normalise, prepare_inputs, resize_image
+from tokenfusion.data.folder import IGNORE
+from tokenfusion.data.inputs import resize_image
+from tokenfusion.data.modality import ModalitySpec
 from tokenfusion.errors import UserError
-
-
-class Frame(NamedTuple):
-    """One sample: normalised inputs {name: float32 [3, H, W]} and target int64 [H, W] (255 = ignore) or None."""
-
-    id: str
-    inputs: dict[str, Tensor]
-    target: Tensor | None
-
-
-class Batch(NamedTuple):
-    """Frames stacked: inputs {name: [B, 3, H, W]}, target [B, H, W] or None."""
-
-    ids: list[str]
-    inputs: dict[str, Tensor]
-    target: Tensor | None
 
 
 class Window(NamedTuple):
@@ -144,7 +127,7 @@ def _padding(image: Tensor, spec: ModalitySpec) -> Tensor:
     mean = torch.tensor(spec.mean or modality.mean)[: image.shape[0]]
     if image.dtype != torch.uint8:
         return mean
-    return (mean / (spec.scale or modality.scale or 1.0 / 255.0)).round().clamp(0, 255)
+    return (mean / (spec.scale or modality.scale or 1.0 / 255.0) + modality.zero).round().clamp(0, 255)
 
 
 def _flip(image: Tensor, is_vector: bool) -> Tensor:
@@ -161,89 +144,3 @@ def _recolour(image: Tensor, factors: Sequence[float]) -> Tensor:
     image = tv.adjust_brightness(image, factors[0])
     image = tv.adjust_contrast(image, factors[1])
     return tv.adjust_saturation(image, factors[2])
-
-
-class Frames(Dataset[Frame]):
-    """A split of a folder as normalised frames; item = pure function of (seed, epoch, index).
-
-    With ``augment`` None the frame is what evaluation sees: the whole image, its inputs resized to ``resize``
-    (height, width) where given, its target at its own size. ``set_epoch`` reaches running DataLoader workers.
-
-    Errors: UserError for an unknown split or modality, and at once where files of the split are missing.
-    """
-
-    def __init__(
-        self,
-        folder: Folder,
-        split: str,
-        modalities: Sequence[str],
-        augment: Augment | None = None,
-        seed: int = 0,
-        resize: tuple[int, int] | None = None,
-    ) -> None:
-        self.folder, self.augment, self.seed, self.resize = folder, augment, seed, resize
-        self.ids = folder.ids(split)
-        self.specs = folder.select(modalities)
-        if augment is not None and resize is not None:
-            raise UserError("resize is for frames without augmentation; set augment.resize instead")
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
-        self._check_files(split)
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch.fill_(epoch)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> Frame:
-        id = self.ids[index]
-        target = self.folder.read_target(id) if self.folder.has_target else None
-        if self.augment is None:
-            raw = self.folder.read(id, list(self.specs))
-            self._check_target(id, raw, target)
-            return Frame(id, prepare_inputs(raw, self.specs, self.resize), target)
-        images = self.folder.load(id, list(self.specs))
-        self._check_target(id, images, target)
-        images, target = self.augment(images, target, self.specs, self._generator(index % len(self.ids)))
-        raw = {name: decode(image, self.specs[name]) for name, image in images.items()}
-        return Frame(id, normalise(raw, self.specs), target)
-
-    def _generator(self, index: int) -> torch.Generator:
-        key = f"{self.seed}/{int(self._epoch)}/{index}".encode()
-        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:4], "little"))
-
-    def _check_target(self, id: str, images: dict[str, Tensor], target: Tensor | None) -> None:
-        name, image = next(iter(images.items()))
-        if target is not None and target.shape != image.shape[-2:]:
-            (h, w), (image_h, image_w) = target.shape, image.shape[-2:]
-            raise UserError(
-                f"{self.folder.target_path(id)}: the target is {h}x{w} (height x width), but {name} "
-                f"({self.folder.image_path(id, name)}) is {image_h}x{image_w}; both must be aligned"
-            )
-
-    def _check_files(self, split: str) -> None:
-        """A missing file should stop a run before its first step, not in its last hour."""
-        paths = [self.folder.image_path(id, name) for id in self.ids for name in self.specs]
-        if self.folder.has_target:
-            paths += [self.folder.target_path(id) for id in self.ids]
-        missing = [path for path in paths if not path.is_file()]
-        if missing:
-            raise UserError(f"{missing[0]}: no such file; split {split!r} lacks {len(missing)} of {len(paths)} files")
-
-
-def collate(frames: Sequence[Frame]) -> Batch:
-    """Stack frames of one size.
-
-    Errors: UserError that names two frames whose sizes differ.
-    """
-    first = frames[0]
-    for frame in frames:
-        for name, image in frame.inputs.items():
-            if image.shape != first.inputs[name].shape:
-                raise UserError(
-                    f"frames {first.id!r} {list(first.inputs[name].shape)} and {frame.id!r} {list(image.shape)} differ "
-                    f"in size ({name}); use batches of 1, a crop or a resize"
-                )
-    inputs = {name: torch.stack([frame.inputs[name] for frame in frames]) for name in first.inputs}
-    targets = [frame.target for frame in frames if frame.target is not None]
-    return Batch([frame.id for frame in frames], inputs, torch.stack(targets) if targets else None)

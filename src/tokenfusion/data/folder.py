@@ -12,15 +12,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from torch import Tensor
 
-from tokenfusion.data.modality import (
-    ModalitySpec,
-    check_sizes,
-    decode,
-    load_image,
-    oklch,
-    picture,
-    read_label,
-)
+from tokenfusion.data.image import check_sizes, decode, load_image, read_label
+from tokenfusion.data.modality import ModalitySpec
+from tokenfusion.data.picture import oklch, picture
 from tokenfusion.data.prepare.archive import verify_manifest
 from tokenfusion.errors import UserError, nearest
 

@@ -11,7 +11,7 @@ from typing import Any
 from tokenfusion.errors import UserError
 from tokenfusion.report import metric, plots
 from tokenfusion.report.page import Chart, chart, write_page
-from tokenfusion.report.run import ENSEMBLE, Run, View, counted, read_run
+from tokenfusion.report.run import ENSEMBLE, Run, View, collapse, counted, read_run
 
 
 def write_comparison(runs: Sequence[Path], out: Path) -> Path:
@@ -38,26 +38,36 @@ def _told_apart(runs: Sequence[Run]) -> list[Run]:
 
 def _comparison(runs: Sequence[Run]) -> View:
     figures = [run.figures() for run in runs]
-    metrics = metric.names(figures)
-    primary = metrics[0] if metrics else ""
+    judged = [run for run in runs if run.figures()]
+    primary = judged[0].primary() if judged else ""
     streams = dict.fromkeys(stream for table in figures for stream in table)
     ensembles = metric.finite({at: table.get(ENSEMBLE, {}).get(primary) for at, table in enumerate(figures)})
+    sound = {at: value for at, value in ensembles.items() if ENSEMBLE not in runs[at].evaluation.collapsed}
+    made = {_made(run) for run in judged}
     curves = {run.name: found for run in runs if (found := _curve(run, primary))}
     return {
         "title": "Comparison of " + counted(len(runs), "run"),
         "runs": runs,
         "facts": [run.facts() for run in runs],
         "figures": figures,
-        "metrics": metrics,
+        "metrics": metric.names(figures, primary),
         "metric": primary,
+        "lower": metric.lower_is_better(primary),
         "streams": sorted(streams, key=lambda stream: stream == ENSEMBLE),
-        "best": metric.best(ensembles, primary) if len(ensembles) > 1 else None,
+        "best": metric.best(sound, primary) if len(ensembles) > 1 and len(made) == 1 else None,
         "chart_of_runs": _chart(curves, primary) if curves else None,
         "without_curve": [run.name for run in runs if run.name not in curves],
+        "target": judged[0].target() if len(made) == 1 else "",
+        "targets_differ": len(made) > 1,
         "parameters_known": any(run.evaluation.parameters for run in runs),
         "differences": _differences(runs),
         "warnings": list(_warnings(runs)),
     }
+
+
+def _made(run: Run) -> str:
+    """What a run makes: the target of a translation, else its task."""
+    return run.target() or run.task() or "not stated"
 
 
 def _curve(run: Run, primary: str) -> plots.Series | None:
@@ -75,6 +85,16 @@ def _chart(curves: dict[str, plots.Series], primary: str) -> Chart:
 
 def _warnings(runs: Sequence[Run]) -> Iterator[str]:
     """What keeps the figures from being comparable, one sentence each."""
+    for run in runs:
+        if run.evaluation.collapsed:
+            yield f"{run.name}: {collapse(run.evaluation.collapsed)}"
+    judged = [run for run in runs if run.figures()]
+    for what, told in (
+        ("make different things", [_made(run) for run in judged]),
+        ("are ranked by different figures", [metric.heading(run.primary()) for run in judged]),
+    ):
+        if len(set(told)) > 1:
+            yield f"The runs {what} ({'; '.join(dict.fromkeys(told))})."
     for key, what in (("protocol", "protocols"), ("split", "splits"), ("images", "numbers of images")):
         values = [str(getattr(run.evaluation, key)) for run in runs if run.evaluation.streams]
         if len(set(values)) > 1:

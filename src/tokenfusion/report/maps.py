@@ -81,6 +81,12 @@ def shrink(array: NDArray[Any], side: int) -> NDArray[Any]:
     return np.asarray(Image.fromarray(array).resize((width, height), Image.Resampling.LANCZOS))
 
 
+def enlarge(image: Bytes, side: int) -> Bytes:
+    """Every pixel as a square, as large as a longer side of ``side`` pixels allows; a large image stays as it is."""
+    factor = max(side // max(image.shape[:2]), 1)
+    return image.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
 def overlay(image: Bytes, exchanged: Mask, below: Mask | None = None) -> Bytes:
     """Paint the substituted tokens of one stream over its own input, which turns grey.
 
@@ -116,6 +122,14 @@ def _grid(height: int, width: int, rows: int, columns: int) -> Mask:
     row = np.arange(height) * rows // height
     column = np.arange(width) * columns // width
     return np.asarray((np.diff(row, prepend=0) > 0)[:, None] | (np.diff(column, prepend=0) > 0)[None, :])
+
+
+def bands(blocks: Sequence[str]) -> list[list[str]]:
+    """The blocks by the word that their names begin with: of ``enc1.0`` and ``dec1.0`` encoder and decoder apart."""
+    found: dict[str, list[str]] = {}
+    for block in blocks:
+        found.setdefault(block.partition(".")[0].rstrip("0123456789"), []).append(block)
+    return list(found.values())
 
 
 def chosen_blocks(blocks: Sequence[str]) -> list[tuple[str, int, int]]:
@@ -165,7 +179,8 @@ def error_map(prediction: Bytes, target: Bytes, ignore: int | None = 255) -> Byt
     """Where the prediction differs from the target: pale = right, wine = wrong, nearly black = ignored.
 
     Args:
-        prediction: class ids [H, W], or an image [H, W, 3] whose mean absolute difference is shaded.
+        prediction: class ids [H, W], or an image [H, W, 3] whose absolute difference, the mean over its channels, is
+            shaded.
         target: of the same shape.
 
     Raises:

@@ -10,7 +10,7 @@ import platform
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -20,8 +20,9 @@ from PIL import Image
 
 from tokenfusion.errors import UserError, require
 from tokenfusion.report import metric, plots
-from tokenfusion.report.run import ENSEMBLE, Figures, Run, View, component, one_line, read_run
+from tokenfusion.report.run import ENSEMBLE, Figures, Run, View, collapse, one_line, read_run
 from tokenfusion.report.samples import css_colours, sample
+from tokenfusion.report.theme import DARK, LIGHT, Theme
 
 Value = TypeVar("Value")
 
@@ -49,12 +50,13 @@ def _report(run: Run) -> View:
     figures = run.figures()
     return {
         "title": run.name,
-        "task": run.evaluation.task or component(run.recipe.get("task", "")),
+        "task": run.task(),
+        "warning": collapse(run.evaluation.collapsed),
         "facts": run.facts(),
-        "metrics": metric.names([figures]),
+        "metrics": metric.names([figures], run.primary()),
         "streams": figures,
         "source": "eval" if run.evaluation.streams else "training",
-        "headline": _headline(figures),
+        "headline": _headline(run),
         "curves": _curves(run),
         "evaluations": sum(line["split"] == "val" for line in run.lines),
         "has_lines": bool(run.lines),
@@ -68,15 +70,16 @@ def _report(run: Run) -> View:
     }
 
 
-def _headline(figures: Figures) -> View | None:
+def _headline(run: Run) -> View | None:
     """The primary figure of the ensemble against the best single stream, or that of the only stream."""
-    primary = next(iter(metric.names([figures])), "")
-    values = metric.finite({stream: row.get(primary) for stream, row in figures.items()})
+    primary = run.primary()
+    values = metric.finite({stream: row.get(primary) for stream, row in run.figures().items()})
     singles = {stream: value for stream, value in values.items() if stream != ENSEMBLE}
     stream = ENSEMBLE if ENSEMBLE in values or len(singles) != 1 else next(iter(singles))
     if stream not in values:
         return None
-    rival = metric.best(singles, primary) if stream == ENSEMBLE and singles else None
+    sound = {name: value for name, value in singles.items() if name not in run.evaluation.collapsed}
+    rival = metric.best(sound, primary) if stream == ENSEMBLE else None
     text = "" if rival is None else metric.number(values[stream] - singles[rival], primary)
     return {
         "metric": primary,
@@ -91,14 +94,13 @@ def _headline(figures: Figures) -> View | None:
 def _curves(run: Run) -> list[Chart]:
     train, val = plots.series(run.lines, "train"), plots.series(run.lines, "val")
     rate = plots.select(train, "lr/") or ({"learning rate": train["lr"]} if "lr" in train else {})
-    primary = next(iter(metric.names([run.figures()])), "")
+    primary = run.primary()
     streams = plots.select(val, last=f"/{primary}") if primary else {}
     streams = {name: found for name, found in streams.items() if len(found[0]) > 1}  # one point is no curve
-    losses = plots.select(train, "loss/")
-    thin = "; bold: running mean" if any(len(steps) > 60 for steps, _ in losses.values()) else ""
+    lower = "; lower is better" if metric.lower_is_better(primary) else ""
     charts = [
-        (streams, f"{metric.label(primary)} by stream, validation", metric.unit(primary), False),
-        (losses, f"Loss by term{thin}", "", True),
+        (streams, f"{metric.label(primary)} by stream, validation{lower}", metric.unit(primary), False),
+        *((terms, caption, "", True) for caption, terms in _losses(plots.select(train, "loss/"))),
         (rate, "Learning rate", "", False),
     ]
     return [
@@ -106,6 +108,17 @@ def _curves(run: Run) -> list[Chart]:
         for found, caption, percent, loss in charts
         if found
     ]
+
+
+def _losses(found: Mapping[str, plots.Series]) -> Iterator[tuple[str, dict[str, plots.Series]]]:
+    """The terms of each phase with a caption; those of the streams come first and keep their colours across charts."""
+    phases: dict[str, dict[str, plots.Series]] = {}
+    for name in sorted(found, key=lambda name: "/l1/" not in name):
+        phase, _, term = name.rpartition("/") if name.count("/") < 2 else name.partition("/")
+        phases.setdefault(phase, {})[term.replace("/", " ")] = found[name]
+    for phase in sorted(phases):
+        thin = "; bold: running mean" if any(len(steps) > 60 for steps, _ in phases[phase].values()) else ""
+        yield f"{phase.capitalize()} loss by term{thin}" if phase else f"Loss by term{thin}", phases[phase]
 
 
 def _exchange(run: Run) -> View | None:
@@ -145,16 +158,16 @@ def _last(found: Mapping[str, plots.Series]) -> Figures:
 
 
 def _in_order(blocks: Mapping[str, Value]) -> dict[str, Value]:
-    """Sorted by name, with stage2.10 after stage2.9."""
+    """Sorted by name, with stage2.10 after stage2.9, and a decoder after its encoder."""
 
     def natural(name: str) -> list[tuple[int, str]]:
         return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
-    return {name: blocks[name] for name in sorted(blocks, key=natural)}
+    return {name: blocks[name] for name in sorted(blocks, key=lambda name: (name.startswith("dec"), natural(name)))}
 
 
 def _classes(run: Run) -> View | None:
-    """The table by class, best ensemble IoU first, and its chart."""
+    """The table by class of a segmentation, best ensemble IoU first, and its chart."""
     names, streams = run.evaluation.classes, run.evaluation.per_class
     if not names or not streams:
         return None
@@ -190,9 +203,9 @@ def _commands(run: Run) -> list[str]:
 # What every page needs
 
 
-def chart(draw: Callable[[plots.Theme], bytes], caption: str) -> Chart:
+def chart(draw: Callable[[Theme], bytes], caption: str) -> Chart:
     """Draw a chart for the light and for the dark page."""
-    light, dark = draw(plots.LIGHT), draw(plots.DARK)
+    light, dark = draw(LIGHT), draw(DARK)
     return Chart(light, dark, Image.open(io.BytesIO(light)).width * 100 // plots.DPI, caption)
 
 
@@ -223,8 +236,11 @@ def write_page(path: Path, template: str, view: View) -> Path:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters.update(number=metric.number, label=metric.label, unit=metric.unit, uri=_uri)
-    environment.globals.update(light=plots.LIGHT, dark=plots.DARK, ensemble=ENSEMBLE, versions=_versions())
+    environment.filters.update(
+        number=metric.number, label=metric.label, heading=metric.heading, quantity=metric.quantity,
+        notes=metric.notes, uri=_uri,
+    )  # fmt: skip
+    environment.globals.update(light=LIGHT, dark=DARK, ensemble=ENSEMBLE, versions=_versions())
     text = environment.get_template(template).render(view)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from tokenfusion.errors import require
+from tokenfusion.report.theme import Theme
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,32 +25,10 @@ DPI, FONT = 200, 8.5
 CHART = (3.55, 2.75)  # inches; three of them stand side by side on a wide page
 CELL = (0.62, 0.27)  # inches of one heatmap cell
 DASHES = ("-", (0, (5, 1.6)), (0, (1.4, 1.2)), (0, (6, 1.5, 1.4, 1.5)))
+STRONG = ("ensemble", "l1 ensemble")
 
 Series = tuple[list[int], list[float]]
 Rates = Mapping[str, Mapping[str, float | None]]
-
-
-class Theme(NamedTuple):
-    """The colours of a page: ``surface`` behind everything, ``cycle`` for streams or runs."""
-
-    surface: str
-    ink: str
-    muted: str
-    line: str
-    accent: str
-    orange: str
-    blue: str
-    cycle: tuple[str, ...]
-
-
-LIGHT = Theme(
-    "#ffffff", "#1b1f24", "#59626d", "#e1e4e8", "#0f766e", "#e08600", "#0054a6",
-    ("#8e4fa8", "#1b8a5a", "#a0522d", "#4b7bb5", "#8a7a00", "#c2416c"),
-)  # fmt: skip
-DARK = Theme(
-    "#14171a", "#e9ecef", "#9aa4af", "#2d333a", "#4fd1c0", "#ffac33", "#4d9fec",
-    ("#c58fe0", "#5fd3a0", "#e0a070", "#8fb8e8", "#d6c64a", "#f08fb0"),
-)  # fmt: skip
 
 
 def series(lines: Sequence[Mapping[str, Any]], split: str) -> dict[str, Series]:
@@ -86,7 +65,7 @@ def curves(
     """Lines over the steps.
 
     Args:
-        found: name -> (steps, values); ``ensemble`` is drawn strong, ``total`` muted, the others in the cycle.
+        found: name -> (steps, values); the ensemble is drawn strong, ``total`` muted, the others in the cycle.
         loss: values that are noisy and may span decades: more than 60 points are drawn thin with their running mean
             on top, and the scale is logarithmic where positive values span more than a factor of 30.
         width: inches.
@@ -97,20 +76,22 @@ def curves(
     figure, axes = _chart(width, CHART[1] + 0.17 * max(rows - 2, 0), 0.12 + 0.17 * max(rows, 2), theme)
     index = 0
     for name, (steps, values) in found.items():
-        named = name in ("ensemble", "total")
-        colour = {"ensemble": theme.ink, "total": theme.muted}.get(name, theme.cycle[index % len(theme.cycle)])
+        strong, named = name in STRONG, name in (*STRONG, "total")
+        colour = theme.ink if strong else theme.muted if named else theme.cycle[index % len(theme.cycle)]
         dash = "-" if named else DASHES[index % len(DASHES)]
         index += not named
         if loss and len(values) > 60:
             axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
             values = _running_mean(values, len(values) // 30)
         axes.plot(
-            steps, values, color=colour, linestyle=dash, linewidth=2.3 if name == "ensemble" else 1.5,
+            steps, values, color=colour, linestyle=dash, linewidth=2.3 if strong else 1.5,
             marker="o" if len(values) <= 30 else "", markersize=3.5, label=_text(name, 40),
         )  # fmt: skip
     shown = [value for _, column in found.values() for value in column if np.isfinite(value)]
     if loss and shown and min(shown) > 0 and max(shown) > 30 * min(shown):
         axes.set_yscale("log")
+    else:
+        axes.ticklabel_format(axis="y", scilimits=(-4, 6))  # longer numbers would leave the picture
     _step_ticks(axes, [step for steps, _ in found.values() for step in steps], 5)
     axes.set_xlabel("step", fontsize=FONT, color=theme.muted)
     axes.set_ylabel(unit, fontsize=FONT, color=theme.muted)
@@ -136,7 +117,7 @@ def exchange_at_end(rates: Rates, below: Rates, modalities: Sequence[str], theme
         axes = _rows(figure, 0.8 + place * (wide + 0.15), wide, blocks if place == 0 else [], len(blocks), theme)
         _cells(axes, values, colour, theme)
         axes.set_xlim(-0.5, len(modalities) - 0.5)
-        axes.set_xticks(range(len(modalities)), [_text(name, 10) for name in modalities])
+        axes.set_xticks(range(len(modalities)), [_column(name) for name in modalities])
         axes.xaxis.tick_top()
         axes.set_title(title, fontsize=FONT, color=theme.ink, loc="left", pad=7)
     return _png(figure)
@@ -274,6 +255,14 @@ def _number(value: float | None) -> float:
 def _text(name: str, most: int = 24) -> str:
     """A name as matplotlib may draw it: shortened, and a dollar is a dollar."""
     return (name if len(name) <= most else name[: most - 1] + "…").replace("$", r"\$")
+
+
+def _column(name: str) -> str:
+    """A name over a narrow column, in two lines where it is long and has two words."""
+    first, mark, rest = name.partition("_")
+    if len(name) <= 10 or not rest:
+        return _text(name, 10)
+    return f"{_text(first, 9)}{mark}\n{_text(rest, 10)}"
 
 
 def _png(figure: Figure) -> bytes:

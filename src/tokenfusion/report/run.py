@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -29,7 +29,10 @@ class Evaluation(BaseModel):
     split: str = ""
     images: int | None = None
     protocol: str = ""
+    target: str = ""  # of a translation: the modality that is made
+    primary: str = ""  # the metric that ranks; not stated by old runs
     streams: Figures = {}
+    collapsed: list[str] = []  # streams whose images are constant or all alike
     classes: list[str] = []
     per_class: dict[str, dict[str, list[float | None]]] = {}
     exchange: Figures = {}
@@ -46,6 +49,12 @@ class Evaluation(BaseModel):
                     raise ValueError(f"per_class.{stream}.{metric} holds {len(column)} values, not {len(self.classes)}")
         return self
 
+    @model_validator(mode="after")
+    def _primary_is_there(self) -> Evaluation:
+        if self.primary and self.streams and not any(self.primary in row for row in self.streams.values()):
+            raise ValueError(f"primary is {self.primary!r}, which no stream has")
+        return self
+
 
 class ClassEntry(BaseModel):
     """A class of the data set; a missing colour is filled in."""
@@ -58,6 +67,7 @@ class Samples(BaseModel):
     """``samples/index.json``: which samples there are, and how to read them."""
 
     ids: list[str] = []
+    target: str = ""
     modalities: list[str] = []
     blocks: list[str] = []
     threshold: float | None = None
@@ -111,6 +121,19 @@ class Run(NamedTuple):
                 table.setdefault(stream, {})[metric] = float(value)
         return table
 
+    def primary(self) -> str:
+        """The metric that ranks: as ``eval`` states it, else mIoU, else the first that there is."""
+        found = dict.fromkeys(metric for row in self.figures().values() for metric in row)
+        return self.evaluation.primary or ("miou" if "miou" in found else next(iter(found), ""))
+
+    def task(self) -> str:
+        """What the run was trained for; empty where nothing states it."""
+        return self.evaluation.task or component(self.recipe.get("task", ""))
+
+    def target(self) -> str:
+        """The modality that a translation makes; empty for other tasks."""
+        return self.evaluation.target or self.samples.target or str(self.section("data").get("target") or "")
+
     def facts(self) -> dict[str, str]:
         """What the run is, in words; what it does not state is left out."""
         recipe, evaluation, data = self.recipe, self.evaluation, self.section("data")
@@ -120,6 +143,7 @@ class Run(NamedTuple):
         facts = {
             "Data set": evaluation.dataset or str(data.get("root") or ""),
             "Modalities": " + ".join(self.modalities()),
+            "Target": self.target(),
             "Fuser": component(recipe["fuser"]) if "fuser" in recipe else "",
             "Step": f"{step:,}" + (f" of {planned:,}" if isinstance(planned, int) else "") if step is not None else "",
             "Checkpoint": evaluation.checkpoint,
@@ -155,8 +179,11 @@ def _without_ensemble(run: Run) -> Run:
     """A run of one stream, whose ensemble would show that stream a second time."""
     for table in (run.evaluation.streams, run.evaluation.per_class):
         table.pop(ENSEMBLE, None)
+    evaluation = run.evaluation.model_copy(
+        update={"collapsed": [name for name in run.evaluation.collapsed if name != ENSEMBLE]}
+    )
     lines = [{name: value for name, value in line.items() if ENSEMBLE not in name.split("/")} for line in run.lines]
-    return run._replace(lines=lines)
+    return run._replace(lines=lines, evaluation=evaluation)
 
 
 def _mapping(path: Path, parse: Callable[[str], Any]) -> View:
@@ -195,6 +222,17 @@ def _lines(path: Path) -> list[View]:
             raise UserError(f'{path}, line {number}: wanted an object with "step" and "split"; delete that line')
         lines.append(line)
     return sorted(lines, key=lambda line: line["step"])
+
+
+def collapse(streams: Sequence[str]) -> str:
+    """What it means that the images of these streams have collapsed, and what to do; empty where none has."""
+    if not streams:
+        return ""
+    shown = " and ".join(filter(None, (", ".join(streams[:-1]), streams[-1])))
+    return (
+        f"The images made by {shown} have collapsed: they are constant, or the same whatever comes in. Figures such as"
+        " MAE can look fair nevertheless, so see the samples. Train again with a lower train.lr or a larger loss.l1."
+    )
 
 
 def component(value: Any) -> str:

@@ -18,6 +18,7 @@ from tokenfusion.report import maps, plots
 from tokenfusion.report.run import ENSEMBLE, Run, Samples, View, one_line
 
 SIDE, MAP_SIDE = 384, 264  # pixels of the longer side: inputs and predictions, exchange maps
+SMALL = 192  # pixels of the longer side: pages show such images enlarged
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -30,6 +31,14 @@ class Picture(NamedTuple):
     note: str
     column: int
     row: int
+    crisp: bool = False  # so small that its pixels are shown as squares
+
+
+class Band(NamedTuple):
+    """Maps of exchanged tokens that form one grid; ``single`` where it has one row."""
+
+    pictures: list[Picture]
+    single: bool
 
 
 def sample(run: Run, name: str) -> View:
@@ -75,7 +84,8 @@ def _results(index: Samples, arrays: Arrays) -> View:
         _picture(maps.shrink(_input(arrays, name), SIDE), name, column, 1) for column, name in enumerate(inputs, 1)
     ]
     if target is not None:
-        pictures.append(_shown(index, target, "target", max(first, len(predictions)), 1))
+        name = f"{index.target}: truth" if index.target else "target"
+        pictures.append(_shown(index, target, name, max(first, len(predictions)), 1))
     for place, (name, prediction) in enumerate(predictions.items(), 1):
         column, row = (first + 1, 1) if alone else (place, 2)
         pictures.append(_shown(index, prediction, f"{name}: prediction", column, row))
@@ -87,11 +97,15 @@ def _results(index: Samples, arrays: Arrays) -> View:
         "pictures": pictures,
         "legend": _legend(index, [array for array in (target, *predictions.values()) if array is not None]),
         "has_target": target is not None,
+        "shaded": target is not None and target.ndim == 3,
     }
 
 
 def _exchanged(index: Samples, arrays: Arrays) -> View:
-    """For every stream the chosen blocks' maps of exchanged tokens, on its own input; none where all are empty."""
+    """For every stream the chosen blocks' maps of exchanged tokens, on its own input; none where all are empty.
+
+    A band of them for each part of the network: encoder, decoder.
+    """
     scores = {block: arrays[f"scores/{block}"] for block in index.blocks if f"scores/{block}" in arrays}
     if index.threshold is None or not scores:
         return {"streams": [], "below": False, "lowest": None}
@@ -102,24 +116,27 @@ def _exchanged(index: Samples, arrays: Arrays) -> View:
     lowest = min(float(score.min()) for score in scores.values())
     if not any(found.any() for found in exchanged.values()):
         return {"streams": [], "below": False, "lowest": lowest}
-    chosen = maps.chosen_blocks(list(scores))
-    below = {block: maps.donor_below(exchanged[block]) for block, _, _ in chosen}
-    streams: list[tuple[str, list[Picture]]] = []
+    chosen = [maps.chosen_blocks(band) for band in maps.bands(list(scores))]
+    streams: list[tuple[str, list[Band]]] = []
     for place, name in enumerate(index.modalities):
-        base = maps.shrink(_input(arrays, name), MAP_SIDE)
-        pictures = []
-        for block, column, row in chosen:
-            where, both = exchanged[block][place], below[block]
-            part = None if both is None else both[place]
-            pictures.append(_picture(maps.overlay(base, where, part), block, column, row, _rate(where, part)))
-        streams.append((name, pictures))
+        base = maps.enlarge(maps.shrink(_input(arrays, name), MAP_SIDE), MAP_SIDE)
+        streams.append((name, [_band(base, exchanged, place, band) for band in chosen]))
     return {
         "streams": streams,
-        "stages": max(column for _, column, _ in chosen),
-        "single": all(row == 1 for _, _, row in chosen),
+        "stages": max(column for band in chosen for _, column, _ in band),
         "below": len(index.modalities) == 2,
         "lowest": lowest,
     }
+
+
+def _band(base: maps.Bytes, exchanged: dict[str, maps.Mask], place: int, chosen: list[tuple[str, int, int]]) -> Band:
+    """The maps of one stream over some blocks."""
+    pictures = []
+    for block, column, row in chosen:
+        where, both = exchanged[block][place], maps.donor_below(exchanged[block])
+        part = None if both is None else both[place]
+        pictures.append(_picture(maps.overlay(base, where, part), block, column, row, _rate(where, part)))
+    return Band(pictures, all(row == 1 for _, _, row in chosen))
 
 
 def _rate(exchanged: maps.Mask, below: maps.Mask | None) -> str:
@@ -154,7 +171,7 @@ def _errors(
 ) -> Picture:
     flat = prediction.ndim == 2
     share = maps.error_share(prediction, target, index.ignore)
-    note = "" if share is None else f"{100 * share:.1f} % " + ("wrong" if flat else "of the range off")
+    note = "" if share is None else f"{100 * share:.1f} % wrong" if flat else f"colours {100 * share:.1f} % off"
     errors = maps.error_map(maps.shrink(prediction, SIDE), maps.shrink(target, SIDE), index.ignore)
     return _picture(errors, caption, column, row, note, flat)
 
@@ -162,11 +179,14 @@ def _errors(
 def _picture(image: maps.Bytes, caption: str, column: int, row: int, note: str = "", flat: bool = False) -> Picture:
     """Encode an image: flat colours as PNG, everything else as JPEG."""
     data = io.BytesIO()
+    crisp = max(image.shape[:2]) <= SMALL
     if flat:
         Image.fromarray(image).save(data, "PNG", optimize=True)
+    elif crisp:  # enlarged, the marks of a stronger compression would show
+        Image.fromarray(image).save(data, "JPEG", quality=92, subsampling=0, optimize=True)
     else:
         Image.fromarray(image).save(data, "JPEG", quality=80, optimize=True)
-    return Picture(data.getvalue(), caption, note, column, row)
+    return Picture(data.getvalue(), caption, note, column, row, crisp)
 
 
 def _legend(index: Samples, arrays: Iterable[NDArray[Any]]) -> list[tuple[str, str]]:

@@ -23,6 +23,24 @@ class ParameterGroup(NamedTuple):
     weight_decay: bool | float = True
 
 
+NORMS = (nn.LayerNorm, nn.BatchNorm2d)
+
+
+def by_decay(role: str, module: nn.Module, lr_scale: float = 1.0, decay_norms: bool = False) -> list[ParameterGroup]:
+    """The parameters of a part: those of norm layers do not decay unless asked for."""
+    norms = [p for m in module.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)]
+    known = {id(p) for p in norms}
+    rest = [p for p in module.parameters() if id(p) not in known]
+    groups = [ParameterGroup(role, rest, lr_scale, True), ParameterGroup(f"{role} norms", norms, lr_scale, decay_norms)]
+    return [group for group in groups if group.params]
+
+
+def without_decay(role: str, module: nn.Module | None, lr_scale: float = 1.0) -> list[ParameterGroup]:
+    """What of a part is trained, none of it decaying."""
+    params = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+    return [ParameterGroup(role, params, lr_scale, False)] if params else []
+
+
 class Task(nn.Module):
     """A task holds its networks and says how they are judged; the loop does the rest.
 

@@ -21,7 +21,7 @@ import tokenfusion
 from tokenfusion import api
 from tokenfusion.cli import main
 from tokenfusion.data import Folder
-from tokenfusion.tasks.segmentation.inference import infer
+from tokenfusion.tasks.segmentation.inference import MULTI_SCALE, infer
 from tokenfusion.tasks.segmentation.metrics import confusion_matrix, segmentation_scores
 
 SMALL = ["train.steps=6", "train.batch_size=2", "train.log_every=2", "train.checkpoint_every=2", "train.warmup_steps=1"]
@@ -145,7 +145,7 @@ def test_any_size(run: Path, tmp_path: Path) -> None:
 
 
 def test_multi_scale_is_another_protocol(run: Path) -> None:
-    plain, many = api.evaluate(run), api.evaluate(run, multi_scale=True)
+    plain, many = api.evaluate(run), api.evaluate(run, evaluation=MULTI_SCALE)
     api.evaluate(run)
     assert plain["protocol"] != many["protocol"]
     assert "flip" in many["protocol"]

@@ -10,8 +10,9 @@ from golden_rules import Case
 from torch import Tensor
 
 from tokenfusion.backbones.fused import FusedBackbone
+from tokenfusion.backbones.keys import from_released_segmentation
 from tokenfusion.backbones.mit import mit
-from tokenfusion.backbones.weights import from_released_segmentation, read_checkpoint
+from tokenfusion.backbones.weights import read_checkpoint
 from tokenfusion.fusion import NoFusion, TokenFusion, sparsity_loss
 from tokenfusion.tasks.segmentation.head import SegFormerHead
 from tokenfusion.tasks.segmentation.losses import upsampled_cross_entropy

@@ -87,6 +87,11 @@ class Staging:
             raise UserError(f"{self.out}: cannot be written ({error.strerror}) at {name}") from None
         self._digests[name] = hashlib.sha256(data).hexdigest()
 
+    def remove(self, name: str) -> None:
+        """Take one written file back; its name may be written again."""
+        del self._digests[name]
+        (self.path / name).unlink()
+
     def image(self, name: str, pixels: np.ndarray) -> None:
         """Write uint8 [H, W] or [H, W, 3], or uint16 [H, W] (png only); the name ends in .png or .jpg."""
         self.write(name, encode_image(pixels, PurePosixPath(name).suffix))

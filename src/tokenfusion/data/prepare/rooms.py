@@ -14,11 +14,18 @@ from tokenfusion.data.rooms import Room, render
 from tokenfusion.errors import UserError
 
 FRAMES_PER_SEED = 1_000_000  # frame i of data set s is room s * FRAMES_PER_SEED + i: no two data sets share a room
+DEPTH = {"mean": 3.5, "std": 0.85, "range": [1.0, 8.0]}  # metres
 SMALLEST = 32  # pixels; below, furniture is smaller than the pixels
 
 
 def prepare(
-    out: Path, train: int, val: int, height: int, width: int, seed: int, progress: bool = True
+    out: Path,
+    train: int = 400,
+    val: int = 100,
+    height: int = 96,
+    width: int = 128,
+    seed: int = 0,
+    progress: bool = True,
 ) -> dict[str, int]:
     """Draw ``train + val`` rooms of ``height x width`` pixels into ``out`` and return counts.
 
@@ -75,7 +82,7 @@ def _description() -> dict[str, Any]:
         "name": "rooms",
         "modalities": {
             "rgb": {"kind": "rgb", "files": "rgb/{id}.png"},
-            "depth": {"kind": "depth", "files": "depth/{id}.png", "scale": 0.001, "mean": 3.5, "std": 0.85},
+            "depth": {"kind": "depth", "files": "depth/{id}.png", "scale": 0.001, **DEPTH},
             **{name: {"kind": kind, "files": f"{name}/{{id}}.png"} for name, kind in kinds.items()},
         },
         "target": {"kind": "label", "files": "label/{id}.png", "ignore": 255, "offset": 0},

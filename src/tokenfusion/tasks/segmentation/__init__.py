@@ -1,6 +1,6 @@
 """RGB-D and other multimodal semantic segmentation."""
 
-from tokenfusion.data.augment import Batch
+from tokenfusion.data.frames import Batch
 from tokenfusion.tasks.segmentation.model import FusedSegmenter, SegmentationOutput
 from tokenfusion.tasks.segmentation.run import evaluate, load, predict, save, train
 from tokenfusion.tasks.segmentation.settings import SegmentationRecipe as Recipe

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenfusion.data.augment import Frames
-from tokenfusion.fusion.exchange import ExchangeRates
+from tokenfusion.data.frames import Frames
+from tokenfusion.tasks.fusing import MeanRates, Rates
 from tokenfusion.tasks.segmentation.metrics import confusion_matrix
 from tokenfusion.tasks.segmentation.model import FusedSegmenter
 
@@ -49,7 +49,7 @@ class Result(NamedTuple):
     """Sums over images, which add up over processes."""
 
     confusion: dict[str, Tensor]  # stream: int64 [K, K]
-    rates: dict[str, ExchangeRates]  # block: mean over images, per modality [M]
+    rates: Rates  # block: mean over images, per modality [M]
     images: int
 
 
@@ -106,7 +106,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     confusion = {n: torch.zeros(classes, classes, dtype=torch.int64) for n in (*model.modalities, "ensemble")}
-    totals: dict[str, ExchangeRates] = {}
+    rates = MeanRates()
     indices = range(rank, len(frames), world)
     for index in indices:
         frame = frames[index]
@@ -114,12 +114,6 @@ def evaluate(
         seen = infer(model, {n: x.to(device) for n, x in frame.inputs.items()}, frame.target.shape, protocol)
         for name, prediction in seen.predictions.items():
             confusion[name] += confusion_matrix(frame.target, prediction.cpu(), classes)
-        for block, rates in model.backbone.rates(seen.scores).items():
-            so_far = totals.get(block)
-            totals[block] = (
-                rates if so_far is None else ExchangeRates(*(a + b for a, b in zip(so_far, rates, strict=True)))
-            )
+        rates.add(model.backbone.rates(seen.scores))
     model.train(was_training)
-    count = max(len(indices), 1)
-    means = {block: ExchangeRates(*(x.cpu() / count for x in rates)) for block, rates in totals.items()}
-    return Result(confusion, means, len(indices))
+    return Result(confusion, rates.means(), len(indices))

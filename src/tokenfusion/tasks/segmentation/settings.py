@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from tokenfusion.components import Component, Section
 from tokenfusion.tasks.segmentation.inference import Evaluation
 from tokenfusion.train import TrainSettings
-
-Component = dict[str, Any]
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
 class DataSettings(Section):

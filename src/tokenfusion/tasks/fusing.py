@@ -1,0 +1,101 @@
+"""What all tasks do with a fused backbone: build it from a recipe, leave modalities out, tell what was exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from tokenfusion.backbones.fused import FusedBackbone
+from tokenfusion.backbones.mit import Pyramid
+from tokenfusion.components import maker
+from tokenfusion.errors import UserError
+from tokenfusion.fusion.exchange import ExchangeRates
+from tokenfusion.fusion.fusers import Fuser
+
+FUSER_GIVEN = ("dim", "modalities", "stage", "seed")  # arguments that the program supplies, not the recipe
+Rates = dict[str, ExchangeRates]  # block -> per modality [M]
+
+
+class Fused(Protocol):
+    """How a recipe fuses."""
+
+    seed: int
+    fuser: dict[str, Any]
+    data: Any
+
+
+class Placement(Protocol):
+    """Where a model fuses."""
+
+    score_nets: Literal["stage", "block"]
+    placement: Literal["every", "last"]
+    alignment: bool
+
+
+def fused_backbone(network: Pyramid, recipe: Fused, model: Placement, trust: bool) -> FusedBackbone:
+    """A single-modal network for the recipe's modalities, with its fuser.
+
+    Raises:
+        UserError: where the fuser refuses its arguments.
+    """
+    fuser = maker(recipe.fuser, "fuser", FUSER_GIVEN, trust)
+
+    def make(dim: int, modalities: int, stage: int) -> Fuser:
+        return fuser(dim, modalities, stage, seed=recipe.seed)
+
+    try:
+        return FusedBackbone(network, recipe.data.modalities, make, model.score_nets, model.placement, model.alignment)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"fuser: {error}") from error
+
+
+def drawn_presence(rate: float, inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """Which modalities each sample keeps where each is left out at ``rate``: bool ``[M, B]``, one at least; None at rate 0."""
+    if rate == 0:
+        return None
+    some = next(iter(inputs.values()))
+    draw = torch.rand(len(inputs), some.shape[0], device=some.device)
+    return (draw >= rate) | (draw == draw.max(0, keepdim=True).values)
+
+
+def watched_rates(backbone: FusedBackbone, scores: Sequence[Tensor], present: Tensor | None) -> dict[str, Tensor]:
+    """Exchange rates of a training step, as the log names them."""
+    watched = {}
+    for block, rate in backbone.rates([s.detach() for s in scores], present).items():
+        for index, name in enumerate(backbone.modalities):
+            watched[f"exchange/{block}/{name}"] = rate.exchanged[index]
+            watched[f"donor_below/{block}/{name}"] = rate.donor_below[index]
+    return watched
+
+
+class MeanRates:
+    """Exchange rates of many images: their mean."""
+
+    def __init__(self) -> None:
+        self.totals: Rates = {}
+        self.images = 0
+
+    def add(self, rates: Rates) -> None:
+        """Count one image."""
+        self.images += 1
+        for block, new in rates.items():
+            old = self.totals.get(block)
+            self.totals[block] = new if old is None else ExchangeRates(*(a + b for a, b in zip(old, new, strict=True)))
+
+    def means(self) -> Rates:
+        """Per block the mean over the images counted, on the CPU."""
+        count = max(self.images, 1)
+        return {block: ExchangeRates(*(x.cpu() / count for x in rates)) for block, rates in self.totals.items()}
+
+
+def exchange_figures(rates: Rates, modalities: tuple[str, ...]) -> dict[str, dict[str, dict[str, float]]]:
+    """Rates as metrics.json holds them: ``exchange`` and ``donor_below``, block -> modality -> share."""
+    return {
+        key: {
+            block: dict(zip(modalities, getattr(found, field).tolist(), strict=True)) for block, found in rates.items()
+        }
+        for key, field in (("exchange", "exchanged"), ("donor_below", "donor_below"))
+    }
