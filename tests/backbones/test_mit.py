@@ -34,7 +34,7 @@ def _count(widths: tuple[int, ...], depths: tuple[int, ...]) -> int:
 def test_parameter_count_is_the_published_one(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for layer in (nn.Linear, nn.Conv2d):
         monkeypatch.setattr(layer, "reset_parameters", lambda self: None)  # the numbers themselves take seconds
-    monkeypatch.setattr(importlib.import_module("tokenfusion.backbones.mit"), "_initialise", lambda module: None)
+    monkeypatch.setattr(importlib.import_module("tokenfusion.backbones.mit"), "initialise", lambda module: None)
     network = mit(variant)
     count = sum(p.numel() for p in network.parameters())
     widths = (32, 64, 160, 256) if variant == "b0" else (64, 128, 320, 512)
