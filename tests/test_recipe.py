@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,22 +13,109 @@ from tokenfusion.data.frames import Batch
 from tokenfusion.errors import UserError
 from tokenfusion.recipe import FUSERS, read_recipe, shipped
 from tokenfusion.tasks.segmentation import SegmentationTask, build_model
+from tokenfusion.tasks.translation import TranslationTask, build_discriminator
+from tokenfusion.tasks.translation import build_model as build_translator
+from tokenfusion.train import Engine, Optimizers, Task, train_step
+
+
+SMALLEST = {  # their own depth would take a minute
+    "segmentation": ["model.backbone.variant=b0"],
+    "translation": ["model.generator.variant=xs", "model.discriminator.variant=xs"],
+}
+
+
+def task_of(recipe: Any) -> Task:
+    """The task of a recipe, freshly initialised and in training."""
+    if recipe.task == "segmentation":
+        return SegmentationTask(build_model(recipe, 5), recipe).train()
+    return TranslationTask(build_translator(recipe), build_discriminator(recipe), recipe).train()
 
 
 @pytest.mark.parametrize("name", list(shipped()))
 def test_shipped_recipe_builds_and_takes_a_step(name: str) -> None:
-    recipe = read_recipe(name)
+    recipe: Any = read_recipe(name)
     assert recipe.description
     assert recipe.train.steps > 0
-    small = read_recipe(name, ["model.backbone.variant=b0"])  # its own depth would take a minute
-    task = SegmentationTask(build_model(small, 5), small).train()
+    task = task_of(read_recipe(name, SMALLEST[recipe.task]))
     image = {m: torch.randn(2, 3, 64, 64) for m in recipe.data.modalities}
-    batch = Batch(["a", "b"], image, torch.randint(0, 5, (2, 64, 64)))
-    losses = task.losses(batch, task(batch), "model")
-    sum(losses.values()).backward()
-    grouped = [p for group in task.parameter_groups("model") for p in group.params]
-    assert {id(p) for p in grouped} == {id(p) for p in task.parameters() if p.requires_grad}
-    assert len(grouped) == len({id(p) for p in grouped})
+    target = torch.randint(0, 5, (2, 64, 64)) if recipe.task == "segmentation" else torch.randn(2, 3, 64, 64).tanh()
+    optimizers, engine = Optimizers(task, recipe.train), Engine(1, "32", "cpu")
+    optimizers.begin(recipe.train.warmup_steps)
+    before = {key: value.detach().clone() for key, value in task.named_parameters()}
+    losses, _ = train_step(task, engine, optimizers, [Batch(["a", "b"], image, target)], None, True)
+    assert all(value.isfinite() for value in losses.values())
+    grouped = [p for phase in task.phases for group in task.parameter_groups(phase) for p in group.params]
+    trained = {key: p for key, p in task.named_parameters() if p.requires_grad}
+    assert {id(p) for p in grouped} == {id(p) for p in trained.values()}
+    assert len(grouped) == len(trained), "each in one group"
+    for phase in task.phases:
+        names = {task_name for task_name, p in trained.items() for q in optimizers.params[phase] if p is q}
+        assert any(not torch.equal(trained[n], before[n]) for n in names), phase
+
+
+TABLE_1 = {  # of the paper: inputs -> target; texture = texture edges, edge = occlusion edges
+    "shade-texture-to-rgb": (("shade", "edge_texture"), "rgb"),
+    "depth-normal-to-rgb": (("depth", "normal"), "rgb"),
+    "rgb-shade-to-normal": (("rgb", "shade"), "normal"),
+    "rgb-normal-to-shade": (("rgb", "normal"), "shade"),
+    "rgb-edge-to-depth": (("rgb", "edge_occlusion"), "depth"),
+}
+TABLE_7 = {
+    "depth-to-rgb": (("depth",), "rgb"),
+    "normal-to-rgb": (("normal",), "rgb"),
+    "texture-to-rgb": (("edge_texture",), "rgb"),
+    "shade-to-rgb": (("shade",), "rgb"),
+    "depth-normal-to-rgb": (("depth", "normal"), "rgb"),
+    "depth-normal-texture-to-rgb": (("depth", "normal", "edge_texture"), "rgb"),
+    "depth-normal-texture-shade-to-rgb": (("depth", "normal", "edge_texture", "shade"), "rgb"),
+}
+
+
+@pytest.mark.parametrize("row", list(TABLE_1 | TABLE_7))
+@pytest.mark.parametrize("size", ["ti", "s"])
+def test_every_row_of_the_papers_translation_tables_has_its_recipe(row: str, size: str) -> None:
+    recipe: Any = read_recipe(f"taskonomy-{row}-{size}")
+    modalities, target = (TABLE_1 | TABLE_7)[row]
+    assert (recipe.data.modalities, recipe.data.target) == (modalities, target)
+    assert recipe.model.generator["variant"] == size
+    assert recipe.model.discriminator["variant"] == "ti", "five stages of two layers, whatever the generator"
+    assert (recipe.model.score_nets, recipe.model.placement) == ("block", "every")
+    assert (recipe.data.enlarge, recipe.data.crop, recipe.data.resize) == ((286, 286), (256, 256), (256, 256))
+    loss, train = recipe.loss, recipe.train
+    assert (loss.adversarial, loss.l1, loss.sparsity, loss.reduction) == (1, 100, 1e-4, "mean")
+    assert (train.lr, train.optimizer, train.betas, train.batch_size) == (2e-4, "adam", (0.5, 0.999), 1)
+    assert (train.schedule, train.weight_decay, train.restarts) == ("constant", 0, None)
+    assert recipe.evaluation.protocol == "standard"
+    assert recipe.fuser == (FUSERS["none"] if len(modalities) == 1 else {**FUSERS["tokenfusion"], "rule": "released", "threshold": 0.02})  # fmt: skip
+
+
+def test_no_translation_recipe_is_forgotten() -> None:
+    rows = {f"taskonomy-{row}-{size}" for row in TABLE_1 | TABLE_7 for size in ("ti", "s")}
+    known = {name for name in shipped() if read_recipe(name).task == "translation"}
+    assert known == rows | {"taskonomy-shade-texture-to-rgb-released", "toy-translation"}
+
+
+def test_the_released_translation_recipe_follows_the_released_code() -> None:
+    recipe: Any = read_recipe("taskonomy-shade-texture-to-rgb-released")
+    paper: Any = read_recipe("taskonomy-shade-texture-to-rgb-ti")
+    assert recipe.model.generator["variant"] == recipe.model.discriminator["variant"] == "b2"
+    assert (recipe.model.score_nets, recipe.model.placement) == ("stage", "last")
+    assert (recipe.loss.sparsity, recipe.loss.reduction) == (1e-3, "sum")
+    assert recipe.evaluation.protocol == "released"
+    assert recipe.data == paper.data
+    assert recipe.fuser == paper.fuser
+    task = task_of(read_recipe("taskonomy-shade-texture-to-rgb-released", SMALLEST["translation"]))
+    assert task.model.backbone.block_names() == ["enc1.0", "enc2.0", "enc3.0", "enc4.1", "enc5.1"]
+    sparsity = task.losses(*_seen(task), "generator")["sparsity"]
+    model_scores = _seen(task)[1].scores
+    torch.testing.assert_close(sparsity, 1e-3 * sum(x.sum() for x in model_scores))
+
+
+def _seen(task: Any) -> tuple[Batch, Any]:
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(1, 3, 64, 64, generator=generator).tanh() for _ in range(3)]
+    batch = Batch(["a"], dict(zip(("shade", "edge_texture"), images[:2], strict=True)), images[2])
+    return batch, task.eval()(batch)
 
 
 def test_released_recipes_follow_the_released_code() -> None:

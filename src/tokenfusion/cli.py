@@ -208,25 +208,26 @@ def convert(
 def bench(
     recipe: str,
     overrides: Overrides = None,
-    size: Annotated[str, typer.Option(help="ROWSxCOLUMNS of the input.")] = "480x640",
+    size: Annotated[str | None, typer.Option(help="ROWSxCOLUMNS of the input; 480x640 or 256x256 by task.")] = None,
     rounds: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 7,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
     as_json: Json = False,
 ) -> None:
-    """Time, memory, parameters and FLOPs, beside the unfused streams and transformers' SegFormer."""
+    """Time, memory, parameters and FLOPs, beside the unfused streams and what else the task is measured against."""
     import torch
 
     from tokenfusion.bench import bench as run
 
-    rows, _, columns = size.partition("x")
-    if not (rows.isdigit() and columns.isdigit()):
+    rows, _, columns = (size or "").partition("x")
+    if size and not (rows.isdigit() and columns.isdigit()):
         raise UserError(f"--size is {size!r}; wanted ROWSxCOLUMNS, e.g. 480x640")
     if threads:
         torch.set_num_threads(threads)
-    result = run(recipe, overrides or [], (int(rows), int(columns)), rounds)
+    result = run(recipe, overrides or [], (int(rows), int(columns)) if size else None, rounds)
     if as_json:
         return _json(result)
-    title = f"{recipe} at {size}, {result['threads']} threads, {result['device']}, torch {result['torch']}"
+    shown = "x".join(map(str, result["size"]))
+    title = f"{recipe} at {shown}, {result['threads']} threads, {result['device']}, torch {result['torch']}"
     table = Table("", "seconds", "fastest", "peak MB", "training peak MB", "million parameters", "GFLOP", title=title)
     for name, row in result["rows"].items():
         cells = [

@@ -44,12 +44,13 @@ def read_yaml(file: Path, schema: type[M]) -> M:
 def explain(error: ValidationError, schema: type[BaseModel]) -> str:
     """The first thing that a schema refused, in one line; for an unknown key the nearest valid one."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in first["loc"] if "[" not in str(part))  # those name a member of a union
     if first["type"] == "extra_forbidden":
         return f"unknown key {key!r}; {nearest(str(first['loc'][-1]), _fields(schema, first['loc'][:-1]))}"
     if first["type"] == "missing":
         return f"key {key!r} is missing"
-    return f"{key}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}"
+    said = first["msg"].removeprefix("Value error, ")
+    return f"{key}: {said}, got {first['input']!r}" if key else said  # what concerns several keys names them itself
 
 
 def _fields(schema: type[BaseModel], place: Sequence[str | int]) -> list[str]:
@@ -118,7 +119,10 @@ def maker(spec: Mapping[str, Any], key: str, given: tuple[str, ...] = (), trust:
     if not isinstance(spec, Mapping) or TARGET not in spec:
         raise UserError(f"{key}: wanted {TARGET}: dotted.name and its arguments, got {spec!r}")
     target = find(str(spec[TARGET]), f"{key}.{TARGET}", trust)
-    parameters = inspect.signature(target).parameters
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:  # some that are written in C
+        raise UserError(f"{key}: {spec[TARGET]} does not say which arguments it takes; wrap it in a function") from None
     open_names = [name for name in parameters if name not in given]
     arguments = {name: value for name, value in spec.items() if name != TARGET}
     for name in arguments:

@@ -82,11 +82,16 @@ class MirroredMiT(Pyramid):
         drop_path: stochastic depth of the encoder's last block; the decoder's blocks take the same rising list from its start.
 
     Shape: ``[B, channels, H, W] ->`` nine normed maps with strides 2 4 8 16 32 16 8 4 2; H and W are multiples of 32.
+
+    Raises:
+        ValueError: as :class:`~tokenfusion.backbones.mit.MiT`, and where a width is no multiple of 4.
     """
 
     multiple = MULTIPLE
 
     def __init__(self, widths: Sequence[int], depths: Sequence[int], channels: int = 3, drop_path: float = 0.1) -> None:
+        if any(width % 4 for width in widths):
+            raise ValueError(f"widths {list(widths)} must be multiples of 4: pixel shuffle makes one channel of four")
         encoder = MiT(widths, depths, channels, drop_path, LAYOUT, "enc").parts()
         rates = iter(drop_rates(drop_path, sum(depths)))
         decoder = [

@@ -169,6 +169,11 @@ class Pyramid(nn.Module):
     def dims(self) -> list[int]:
         return [stage.dim for stage in self.parts()]
 
+    @property
+    def channels(self) -> int:
+        """Of the input image."""
+        return self.parts()[0].embed.proj.in_channels
+
     def forward(self, image: Tensor) -> list[Tensor]:
         maps: list[Tensor] = []
         for stage in self.parts():
@@ -192,7 +197,7 @@ SEGFORMER = Layout()
 
 
 class MiT(Pyramid):
-    """A pyramid of four stages; any image of at least 32 x 32 pixels.
+    """A pyramid of at most as many stages as its layout has, SegFormer's four; any image of at least 32 x 32 pixels.
 
     Args:
         widths: channels of the stages.
@@ -201,6 +206,9 @@ class MiT(Pyramid):
         drop_path: stochastic depth of the last block; it rises linearly from 0 over all blocks.
         layout: SegFormer's unless said otherwise.
         name: what stages are called before their number.
+
+    Raises:
+        ValueError: where widths and depths are not one per stage, or a width cannot be shared out to its heads.
     """
 
     def __init__(
@@ -212,6 +220,10 @@ class MiT(Pyramid):
         layout: Layout = SEGFORMER,
         name: str = "stage",
     ) -> None:
+        if len(widths) != len(depths) or len(widths) > len(layout.heads):
+            raise ValueError(f"widths {list(widths)}, depths {list(depths)}: wanted {len(layout.heads)} of each")
+        if any(width % heads for width, heads in zip(widths, layout.heads, strict=False)):
+            raise ValueError(f"widths {list(widths)} must be multiples of the stages' heads {list(layout.heads)}")
         rates = iter(drop_rates(drop_path, sum(depths)))
         inputs = (channels, *widths[:-1])
         super().__init__(

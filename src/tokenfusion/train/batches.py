@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -116,7 +116,16 @@ class Batches:
         """
         while True:
             self.sampler.epoch, self.sampler.first = divmod(step, self.sampler.per_epoch)
-            pieces = iter(self.loader)
+            pieces = _in_one_line(self.loader)
             while batch := list(islice(pieces, self.sampler.pieces)):
                 yield batch
                 step += 1
+
+
+def _in_one_line(loader: Iterable[Any]) -> Iterator[Any]:
+    """The loader's items; PyTorch wraps the error of a loading process in that process's traceback: only its end is told."""
+    try:
+        yield from loader
+    except UserError as error:
+        said = str(error).rstrip().splitlines()[-1]
+        raise UserError(said.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")) from None

@@ -16,10 +16,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tasks.walk import command, plain_image
 
 import tokenfusion
 from tokenfusion import api
-from tokenfusion.cli import main
 from tokenfusion.data import Folder
 from tokenfusion.tasks.segmentation.inference import MULTI_SCALE, infer
 from tokenfusion.tasks.segmentation.metrics import confusion_matrix, segmentation_scores
@@ -40,19 +40,6 @@ def run(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = tokenfusion.read_recipe("toy-segmentation", [f"data.root={rooms}", "data.crop=[64, 96]", *SMALL])
     api.train(recipe, out)
     return out
-
-
-def command(*arguments: object, code: int = 0, capsys: pytest.CaptureFixture[str] | None = None) -> str:
-    """Run the command line in this process; returns what went to standard error."""
-    old, sys.argv = sys.argv, ["tokenfusion", *map(str, arguments)]
-    try:
-        with pytest.raises(SystemExit) as ended:
-            main()
-    finally:
-        sys.argv = old
-    captured = capsys.readouterr() if capsys else None
-    assert (ended.value.code or 0) == code, captured
-    return captured.err if captured else ""
 
 
 def test_a_run_folder_is_complete(run: Path) -> None:
@@ -159,16 +146,11 @@ def test_report_and_compare(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "compare.html").is_file()
 
 
-def _image(path: Path, shape: tuple[int, ...], dtype: type = np.uint8, value: int = 100) -> Path:
-    Image.fromarray(np.full(shape, value, dtype)).save(path)
-    return path
-
-
 def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
     """Arguments of predict, and the file that the message must name."""
-    rgb, depth = _image(folder / "rgb.png", (64, 96, 3)), _image(folder / "depth.png", (64, 96), np.uint16, 2000)
-    small = _image(folder / "small.png", (32, 48), np.uint16, 2000)
-    empty = _image(folder / "empty.png", (64, 96), np.uint16, 0)
+    rgb, depth = plain_image(folder / "rgb.png", (64, 96, 3)), plain_image(folder / "depth.png", (64, 96), np.uint16, 2000)
+    small = plain_image(folder / "small.png", (32, 48), np.uint16, 2000)
+    empty = plain_image(folder / "empty.png", (64, 96), np.uint16, 0)
     (folder / "cut.png").write_bytes(rgb.read_bytes()[:60])
     (folder / "noise.jpg").write_bytes(os.urandom(500))
     np.save(folder / "nan.npy", np.full((64, 96), np.nan, np.float32))
@@ -213,7 +195,7 @@ def test_a_mistake_is_one_line_that_names_the_file(
 def test_mistakes_in_recipes_and_runs(
     run: Path, rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    photo, without_labels = _image(tmp_path / "photo.png", (64, 96, 3)), tmp_path / "bare"
+    photo, without_labels = plain_image(tmp_path / "photo.png", (64, 96, 3)), tmp_path / "bare"
     shutil.copytree(rooms, without_labels)
     spec = yaml.safe_load((without_labels / "dataset.yaml").read_text())
     (without_labels / "dataset.yaml").write_text(yaml.safe_dump({k: v for k, v in spec.items() if k != "target"}))
@@ -291,7 +273,7 @@ def test_only_parts_that_this_package_defines_are_built(
 def test_predict_spares_its_inputs_and_writes_all_or_nothing(
     run: Path, rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    photo = _image(tmp_path / "a.png", (64, 96, 3))
+    photo = plain_image(tmp_path / "a.png", (64, 96, 3))
     before = photo.read_bytes()
     assert "a.png" in command("predict", run, f"rgb={photo}", "--out", tmp_path, code=2, capsys=capsys)
     assert photo.read_bytes() == before
@@ -337,7 +319,7 @@ def test_a_run_is_lengthened_but_not_given_other_classes(rooms: Path, tmp_path: 
 def test_a_label_out_of_range_is_named(rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = tmp_path / "rooms"
     shutil.copytree(rooms, copy)
-    _image(copy / "label" / f"{Folder(copy).ids('train')[0]}.png", (64, 96), value=99)
+    plain_image(copy / "label" / f"{Folder(copy).ids('train')[0]}.png", (64, 96), value=99)
     message = command(
         "train",
         "toy-segmentation",

@@ -20,7 +20,7 @@ def task(*overrides: str) -> TranslationTask:
     return TranslationTask(build_model(recipe), build_discriminator(recipe), recipe).train()
 
 
-def batch(names: tuple[str, ...] = ("rgb", "depth"), valid: torch.Tensor | None = None, size: int = 32) -> Batch:
+def batch(names: tuple[str, ...] = ("rgb", "normal"), valid: torch.Tensor | None = None, size: int = 32) -> Batch:
     generator = torch.Generator().manual_seed(1)
     images = [torch.randn(2, 3, size, size, generator=generator).tanh() for _ in (*names, "target")]
     return Batch(["a", "b"], dict(zip(names, images[:-1], strict=True)), images[-1], valid)
@@ -29,11 +29,11 @@ def batch(names: tuple[str, ...] = ("rgb", "depth"), valid: torch.Tensor | None 
 def test_terms_are_those_of_the_specification() -> None:
     model, sample = task(), batch()
     output = model(sample)
-    assert list(model.losses(sample, output, "discriminator")) == ["rgb", "depth"]
+    assert list(model.losses(sample, output, "discriminator")) == ["rgb", "normal"]
     assert list(model.losses(sample, output, "generator")) == [
         "adversarial",
         "l1/rgb",
-        "l1/depth",
+        "l1/normal",
         "l1/ensemble",
         "sparsity",
     ]
@@ -112,13 +112,13 @@ def test_samples_without_a_modality() -> None:
 
 
 def test_the_monitor_is_what_ranks() -> None:
-    assert task().monitor == "ensemble/fid"
-    model = task("evaluation.features=none")
+    assert task("evaluation.features=pixels").monitor == "ensemble/fid"
+    model = task()
     assert model.monitor == "ensemble/mae"
     assert not model.higher_is_better
 
 
-@pytest.mark.parametrize("modalities", [("shade",), ("rgb", "shade", "depth", "edge_texture")])
+@pytest.mark.parametrize("modalities", [("normal",), ("rgb", "normal", "depth", "edge_texture")])
 def test_one_to_four_modalities(modalities: tuple[str, ...]) -> None:
     model = task(f"data.modalities=[{', '.join(modalities)}]")
     sample = batch(modalities)

@@ -46,6 +46,12 @@ class LossSettings(Section):
     reduction: Literal["sum", "mean"] = "mean"
 
 
+class ParameterSettings(Section):
+    """Learning rates by the role of a parameter."""
+
+    discriminator_lr: float = Field(1.0, gt=0)  # factor of train.lr
+
+
 class TranslationRecipe(Section):
     """Everything a run needs; see ``tokenfusion show RECIPE``."""
 
@@ -56,6 +62,7 @@ class TranslationRecipe(Section):
     model: ModelSettings
     fuser: Component
     loss: LossSettings = LossSettings()
+    parameters: ParameterSettings = ParameterSettings()
     evaluation: Evaluation = Evaluation()
     train: TrainSettings
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokenfusion.backbones.keys import from_released_translation
 from tokenfusion.backbones.mirror import MirroredMiT
-from tokenfusion.backbones.mit import MiT
+from tokenfusion.backbones.mit import MiT, Pyramid
 from tokenfusion.backbones.weights import fetch, load_into
 from tokenfusion.components import build
 from tokenfusion.data.augment import Augment
@@ -39,6 +39,7 @@ def build_model(recipe: TranslationRecipe, trust: bool = False) -> FusedTranslat
         network = build(recipe.model.generator, "model.generator", trust)
         if not isinstance(network, MirroredMiT):
             raise UserError(f"model.generator: wanted a MirroredMiT, got {type(network).__name__}")
+        _check_channels(network, 3, "model.generator")
         return FusedTranslator(fused_backbone(network, recipe, recipe.model, trust))
 
 
@@ -49,7 +50,13 @@ def build_discriminator(recipe: TranslationRecipe, trust: bool = False) -> Discr
         network = build(recipe.model.discriminator, "model.discriminator", trust)
         if not isinstance(network, MiT):
             raise UserError(f"model.discriminator: wanted a MiT, got {type(network).__name__}")
+        _check_channels(network, 6, "model.discriminator")
         return discriminator(network, recipe.data.modalities)
+
+
+def _check_channels(network: Pyramid, wanted: int, key: str) -> None:
+    if network.channels != wanted:
+        raise UserError(f"{key}: takes images of {network.channels} channels; wanted {wanted}: give channels={wanted}")
 
 
 def load_pretrained(model: FusedTranslator, source: str) -> str:
@@ -118,7 +125,9 @@ class TranslationTask(Task):
         return dict(zip(shown, losses, strict=True))
 
     def parameter_groups(self, phase: str) -> list[ParameterGroup]:
-        return by_decay(phase, self.model if phase == "generator" else self.discriminator)
+        if phase == "generator":
+            return by_decay(phase, self.model)
+        return by_decay(phase, self.discriminator, self.recipe.parameters.discriminator_lr)
 
     def watch(self, outputs: TranslationOutput) -> dict[str, Tensor]:
         return watched_rates(self.model.backbone, outputs.scores, outputs.present)

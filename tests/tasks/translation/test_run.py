@@ -1,0 +1,175 @@
+"""What may befall a run: a kill, several processes, few bits, a collapsed generator, numbers that explode."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from tasks.translation.nano import recipe, words
+from tasks.walk import command
+from torch import Tensor
+
+import tokenfusion
+from tokenfusion import api
+from tokenfusion.tasks.translation import run as verbs
+from tokenfusion.train.checkpoint import Checkpoint, Checkpoints
+
+PATIENCE = 300.0  # seconds; a machine may be busy
+LAUNCHER_WORDS = ("LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTEST_CURRENT_TEST")
+
+
+def start(arguments: list[str], out: Path) -> subprocess.Popen[str]:
+    """``tokenfusion train`` in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_WORDS}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    line = [sys.executable, "-m", "tokenfusion.cli", "train", "toy-translation", *arguments, "--out", str(out)]
+    return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def newest(run: Path) -> Checkpoint:
+    found = Checkpoints(run).newest()
+    assert found is not None
+    return found
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest() for name, x in tensors.items()}
+
+
+def log(run: Path, split: str) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("time", "split")} for line in lines if line["split"] == split]
+
+
+def test_killed_in_the_middle_ends_at_the_same_bits(rooms: Path, tmp_path: Path) -> None:
+    changes = ["train.steps=10", "train.eval_every=5", "data.drop_modality=0.3"]
+    api.train(recipe(rooms, "normal", *changes), tmp_path / "whole")
+    process = start(words(rooms, "normal", *changes), tmp_path / "cut")
+    deadline = time.monotonic() + PATIENCE
+    checkpoint = tmp_path / "cut" / "checkpoints" / "step-00000004"
+    while not checkpoint.is_dir() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    errors = process.communicate()[1]
+    assert checkpoint.is_dir(), errors
+    assert 4 <= newest(tmp_path / "cut").state["step"] < 10, "it was to die in the middle"
+    assert api.train(recipe(rooms, "normal", *changes), tmp_path / "cut").steps == 10
+    whole, cut = newest(tmp_path / "whole"), newest(tmp_path / "cut")
+    assert digests(whole.model) == digests(cut.model)
+    assert digests(whole.optimizer) == digests(cut.optimizer)
+    assert {name.split("/")[0] for name in cut.optimizer} == {"discriminator", "generator"}
+    assert log(tmp_path / "whole", "train") == log(tmp_path / "cut", "train")
+    assert log(tmp_path / "whole", "val") == log(tmp_path / "cut", "val")
+    assert (tmp_path / "whole" / "metrics.json").read_text() == (tmp_path / "cut" / "metrics.json").read_text()
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(rooms: Path, tmp_path: Path) -> None:
+    changes = ["train.steps=40", "train.checkpoint_every=3", "train.eval_every=10"]
+    api.train(recipe(rooms, "depth", *changes), tmp_path / "whole")
+    for goal in (3, 9, 21, 30):
+        process = start(words(rooms, "depth", *changes), tmp_path / "cut")
+        deadline, checkpoint = time.monotonic() + PATIENCE, f"step-{goal:08d}"
+        while process.poll() is None and time.monotonic() < deadline:
+            if (tmp_path / "cut" / "checkpoints" / checkpoint).is_dir():
+                break
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert goal <= newest(tmp_path / "cut").state["step"] < 40
+    api.train(recipe(rooms, "depth", *changes), tmp_path / "cut")
+    whole, cut = newest(tmp_path / "whole"), newest(tmp_path / "cut")
+    assert digests({**whole.model, **whole.optimizer}) == digests({**cut.model, **cut.optimizer})
+    assert log(tmp_path / "whole", "val") == log(tmp_path / "cut", "val")
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(rooms: Path, tmp_path: Path) -> None:
+    """A target without holes: the mean over measured pixels is then one over equal shares."""
+    changes = ["model.generator.drop_path=0", "train.batch_size=4", "train.steps=3", "train.log_every=1"]
+    api.train(recipe(rooms, "rgb", *changes), tmp_path / "one")
+    process = start(words(rooms, "rgb", *changes, "train.devices=2", "train.accelerator=cpu"), tmp_path / "two")
+    errors = process.communicate(timeout=PATIENCE)[1]
+    assert process.returncode == 0, errors
+    for split in ("train", "val"):
+        for first, second in zip(log(tmp_path / "one", split), log(tmp_path / "two", split), strict=True):
+            # donor_below is a mean of each process's ratio; kid_std is null, for all images are in the one subset
+            names = [n for n, value in first.items() if value is not None and not n.startswith("donor_below")]
+            assert [second[n] for n in names] == pytest.approx([first[n] for n in names], rel=2e-3, abs=2e-3), names
+    one, two = newest(tmp_path / "one"), newest(tmp_path / "two")
+    assert two.state["devices"] == 2
+    for phase in ("discriminator", "generator"):  # moments hold the gradients: a sum in place of a mean would show
+        names = [name for name in one.optimizer if name.startswith(phase) and name.endswith("exp_avg")]
+        first, second = (torch.cat([c.optimizer[name].flatten() for name in names]) for c in (one, two))
+        assert (first - second).norm() < 0.01 * first.norm()
+    own = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert log(tmp_path / "two", "val")[-1]["ensemble/mae"] == pytest.approx(own["streams"]["ensemble"]["mae"])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_few_bits(precision: str, rooms: Path, tmp_path: Path) -> None:
+    changes = [f"train.precision={precision}", "train.steps=8", "train.checkpoint_every=0"]  # fp16 first finds its scale
+    api.train(recipe(rooms, "depth", *changes), tmp_path)
+    checkpoint = newest(tmp_path)
+    assert all(x.dtype == torch.float32 for name, x in checkpoint.model.items() if "position" not in name)
+    assert {name.split("/")[0] for name in checkpoint.optimizer} == {"discriminator", "generator"}
+    judged = json.loads((tmp_path / "metrics.json").read_text())["streams"]["ensemble"]
+    assert judged["mae"] == log(tmp_path, "val")[-1]["ensemble/mae"], "judged in full precision, both times"
+    assert all(torch.isfinite(x).all() for x in checkpoint.model.values() if x.is_floating_point())
+
+
+def collapsed(run: Path, out: Path) -> Path:
+    """The run, but with a generator whose last layer sees nothing."""
+    made = api.recipe_of(run)
+    weights = tokenfusion.load(run).state_dict()
+    weights["head.project.weight"] = torch.zeros_like(weights["head.project.weight"])
+    verbs.save(made, verbs.recorded_dataset(run), weights, out)  # type: ignore[arg-type]
+    return out
+
+
+def test_a_collapsed_generator_is_told(run: Path, rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert json.loads((run / "metrics.json").read_text())["collapsed"] == []
+    dead = collapsed(run, tmp_path / "dead")
+    message = command("eval", dead, capsys=capsys)
+    assert "the generated images of rgb, depth, ensemble are constant" in message
+    content = json.loads((dead / "metrics.json").read_text())
+    assert content["collapsed"] == ["rgb", "depth", "ensemble"]
+    assert all(row["contrast"] < 1e-6 for row in content["streams"].values())
+    weights = f"model.weights={dead / 'checkpoints' / 'step-00000000'}"
+    arguments = [*words(rooms, "normal", weights, "train.lr=1e-12", "train.steps=1"), "--out", tmp_path / "run"]
+    message = command("train", "toy-translation", *arguments, capsys=capsys)
+    assert message.count("the generator has collapsed") == 2, "in training, and when the run is judged"
+
+
+def test_a_run_starts_from_another_runs_generator(run: Path, rooms: Path, tmp_path: Path) -> None:
+    weights = f"model.weights={run / 'checkpoints' / 'step-00000004'}"
+    api.train(recipe(rooms, "normal", weights, "train.lr=1e-12", "train.steps=1"), tmp_path)
+    first, second = tokenfusion.load(run).state_dict(), tokenfusion.load(tmp_path).state_dict()
+    assert all(torch.allclose(first[name], second[name], atol=1e-9) for name in first)
+
+
+def test_numbers_that_explode_end_the_run_in_one_line(
+    rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = words(rooms, "normal", "train.lr=1e30", "train.warmup_steps=0", "train.checkpoint_every=1")
+    message = command("train", "toy-translation", *arguments, "--out", tmp_path / "run", code=2, capsys=capsys)
+    last = message.splitlines()[-1]
+    assert last.startswith("tokenfusion: step ")
+    assert "not finite" in last
+    assert "lower train.lr" in last
+    assert "Traceback" not in message
+
+
+def test_a_run_is_lengthened(rooms: Path, tmp_path: Path) -> None:
+    api.train(recipe(rooms, "shade", "train.steps=1"), tmp_path)
+    assert api.train(recipe(rooms, "shade", "train.steps=2"), tmp_path).steps == 2
+    assert json.loads((tmp_path / "metrics.json").read_text())["step"] == 2
