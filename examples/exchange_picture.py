@@ -1,7 +1,8 @@
-"""Draw the README's picture: what comes in, what was exchanged, what the fused model sees.
+"""Draw the README's pictures: what comes in, what was exchanged, what the fused model sees or makes.
 
 python examples/exchange_picture.py RUN SAMPLE_ID BLOCK OUT.png
 for example runs/demo/tokenfusion-seed0 000420 stage2.1 docs/images/exchange.png
+or          runs/shade/tokenfusion-seed0 000460 enc3.0 docs/images/translation.png
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ SIZE, GAP, TITLE = (360, 270), 14, 30  # pixels
 def main(run: Path, sample: str, block: str, out: Path) -> None:
     index = json.loads((run / "samples" / "index.json").read_text())
     arrays = np.load(run / "samples" / f"{sample}.npz")
-    names, colours = index["modalities"], maps.palette([entry["color"] for entry in index["classes"]])
+    names, colours = index["modalities"], maps.palette([entry["color"] for entry in index.get("classes", [])])
     exchanged = maps.exchange_map(arrays[f"scores/{block}"], index["threshold"])
     below = maps.donor_below(exchanged)
     rows = []
@@ -30,8 +31,9 @@ def main(run: Path, sample: str, block: str, out: Path) -> None:
         marked = maps.overlay(image, exchanged[m], None if below is None else below[m])
         share = 100 * exchanged[m].mean()
         rows.append([(name, image), (f"{name}: {share:.0f} % of the tokens from the other stream", marked)])
-    rows[0].append(("prediction", maps.colour_labels(arrays["prediction/ensemble"], colours, index["ignore"])))
-    rows[1].append(("truth", maps.colour_labels(arrays["target"], colours, index["ignore"])))
+    for row, title, key in ((rows[0], "prediction", "prediction/ensemble"), (rows[1], "truth", "target")):
+        made = arrays[key]  # class ids, or an image
+        row.append((title, made if made.ndim == 3 else maps.colour_labels(made, colours, index["ignore"])))
     _sheet(rows).save(out, optimize=True)
 
 

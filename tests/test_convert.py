@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tasks.walk import command, plain_image
 
 import tokenfusion
-from tokenfusion.backbones.keys import from_released_segmentation
+from tokenfusion.backbones.keys import from_released_segmentation, from_released_translation
 from tokenfusion.backbones.mit import mit
 from tokenfusion.convert import convert
 from tokenfusion.errors import UserError
@@ -44,6 +45,94 @@ def test_released_segmentation_file(tmp_path: Path, dataset: Path) -> None:
         convert(file, "released-segmentation", tmp_path / "run", dataset)
 
 
+PAIR = ("shade", "edge_texture")
+
+
+@pytest.fixture
+def views(tmp_path: Path) -> Path:
+    """A description of three modalities, as ``prepare taskonomy`` writes it."""
+    kinds = {"rgb": "rgb", "shade": "gray", "edge_texture": "gray"}
+    entries = ", ".join(f"{name}: {{kind: {kind}, files: '{name}/{{id}}.png'}}" for name, kind in kinds.items())
+    (tmp_path / "views").mkdir()
+    (tmp_path / "views" / "dataset.yaml").write_text(
+        f"name: views\nmodalities: {{{entries}}}\nsplits: {{val: val.txt}}\n"
+    )
+    return tmp_path / "views"
+
+
+@pytest.fixture(scope="module")
+def generator_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A released generator's file as training with several devices wrote it, and what is in it."""
+    from golden_rules import Case
+
+    official = dict(Case("i2i_gen_b0").state_dict())
+    file = tmp_path_factory.mktemp("released") / "checkpoint-gen-399.pth.tar"
+    torch.save({f"module.{key}": value for key, value in official.items()}, file)
+    return file, official
+
+
+def test_released_translation_file(
+    tmp_path: Path, views: Path, generator_file: tuple[Path, dict[str, torch.Tensor]]
+) -> None:
+    from golden_rules import Case
+
+    file, official = generator_file
+    account = convert(file, "released-translation", tmp_path / "run", views, PAIR)
+    assert "b0, shade, edge_texture -> rgb" in account
+    model = tokenfusion.load(tmp_path / "run")
+    loaded, wanted = model.state_dict(), from_released_translation(official)
+    assert loaded.keys() == wanted.keys()
+    assert all(torch.equal(loaded[k], wanted[k]) for k in wanted)
+    case = Case("i2i_gen_b0")
+    with torch.no_grad():
+        output = model({name: case.input(f"input{m}") for m, name in enumerate(PAIR)})
+    case.assert_close("out_ens", output.ensemble, 1e-4)
+    recipe = tokenfusion.api.recipe_of(tmp_path / "run")
+    assert recipe.model.discriminator["variant"] == recipe.model.generator["variant"] == "b0"  # type: ignore[attr-defined]
+    assert recipe.data.target == "rgb"
+    for name in PAIR:
+        plain_image(tmp_path / f"{name}.png", (40, 50))
+    files = {name: tmp_path / f"{name}.png" for name in PAIR}
+    assert len(tokenfusion.api.predict(tmp_path / "run", tmp_path / "made", files)) == 2
+
+
+def test_released_translation_on_the_command_line(
+    tmp_path: Path,
+    views: Path,
+    generator_file: tuple[Path, dict[str, torch.Tensor]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file, official = generator_file
+    start, names = ["convert", file, "--from", "released-translation"], ["--modalities", "shade, edge_texture"]
+    out, described = ["--out", tmp_path / "run"], ["--dataset", views]
+    torch.save({k: v for k, v in official.items() if "alpha" not in k}, tmp_path / "no-alpha.pth")
+    torch.save(
+        {k: v for k, v in official.items() if not k.startswith("score_predictor.0")}, tmp_path / "without-scores.pth"
+    )
+    (tmp_path / "cut.pth").write_bytes(file.read_bytes()[:5000])
+    mistakes = [
+        ([*start, *out, *names], "--dataset"),
+        ([*start, *out, *described, "--modalities", "shade"], "has 2 streams; --modalities names 1"),
+        ([*start, *out, *described], "no modality 'depth'"),
+        ([*start, *out, *described, *names, "--target", "rbg"], "did you mean 'rgb'?"),
+        ([*start, *out, *described, *names, "--target", "shade"], "'shade' is one of data.modalities"),
+        (["convert", tmp_path / "no-alpha.pth", *start[2:], *out, *described, *names], "not a whole file"),
+        (["convert", tmp_path / "without-scores.pth", *start[2:], *out, *described, *names], "do not fit the model"),
+        (["convert", tmp_path / "cut.pth", *start[2:], *out, *described, *names], "cut.pth"),
+        (["convert", views / "dataset.yaml", *start[2:], *out, *described, *names], "dataset.yaml"),
+        (["convert", file, "--from", "released-translatoin", *out], "did you mean 'released-translation'?"),
+        (["convert", file, "--from", "released-segmentation", *out, *described], str(file)),
+    ]
+    for arguments, said in mistakes:
+        message = command(*arguments, code=2, capsys=capsys)
+        assert said in message, (arguments, message)
+        assert message.count("\n") == 1, (arguments, message)
+        assert not (tmp_path / "run").exists(), arguments
+    command(*start, *out, *described, *names, capsys=capsys)
+    assert (tmp_path / "run" / "recipe.yaml").is_file()
+    assert "not empty" in command(*start, *out, *described, *names, code=2, capsys=capsys)
+
+
 def test_single_modal_weights_start_a_fused_model(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.SegformerConfig(hidden_sizes=[32, 64, 160, 256], depths=[2, 2, 2, 2])
@@ -64,7 +153,7 @@ def test_single_modal_weights_start_a_fused_model(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(3)}, tmp_path / "a.pth")
-    for kind in ("released-segmentation", "segformer", "hf-segformer"):
+    for kind in ("released-segmentation", "released-translation", "segformer", "hf-segformer"):
         with pytest.raises(UserError, match="weight"):
             convert(tmp_path / "a.pth", kind, tmp_path / "out")
     torch.save(mit("b0").state_dict() | {"stages.0.blocks.7.norm1.weight": torch.zeros(32)}, tmp_path / "b.pth")

@@ -76,7 +76,7 @@ class Optimizers:
         _check_complete(task, self.params)
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[settings.optimizer]
         self.optimizers: dict[str, torch.optim.Optimizer] = {
-            phase: kind(groups, lr=0.0, betas=settings.betas) for phase, groups in self.groups.items()
+            phase: kind(groups, lr=0.0, betas=settings.betas, fused=True) for phase, groups in self.groups.items()
         }
 
     def begin(self, step: int) -> float:

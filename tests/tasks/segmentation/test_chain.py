@@ -148,7 +148,10 @@ def test_report_and_compare(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
     """Arguments of predict, and the file that the message must name."""
-    rgb, depth = plain_image(folder / "rgb.png", (64, 96, 3)), plain_image(folder / "depth.png", (64, 96), np.uint16, 2000)
+    rgb, depth = (
+        plain_image(folder / "rgb.png", (64, 96, 3)),
+        plain_image(folder / "depth.png", (64, 96), np.uint16, 2000),
+    )
     small = plain_image(folder / "small.png", (32, 48), np.uint16, 2000)
     empty = plain_image(folder / "empty.png", (64, 96), np.uint16, 0)
     (folder / "cut.png").write_bytes(rgb.read_bytes()[:60])

@@ -79,9 +79,7 @@ def test_spoilt_training_data(case: str, broken: Path, tmp_path: Path, capsys: p
     assert file in last
 
 
-def test_spoilt_training_data_behind_workers(
-    broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_spoilt_training_data_behind_workers(broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A loading process says the same, and in one line."""
     said, file = damage("target cut short", broken)
     last = refused(capsys, tmp_path / "run", *words(broken, "normal", "train.batch_size=6", "train.workers=1"))
@@ -114,9 +112,7 @@ def test_spoilt_training_data_behind_workers(
         ("evaluation.features=dinov2", "evaluation.feature_weights=FILE"),
     ],
 )
-def test_recipes(
-    change: str, said: str, rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_recipes(change: str, said: str, rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert said in refused(capsys, tmp_path / "run", *words(rooms, "normal", change))
 
 

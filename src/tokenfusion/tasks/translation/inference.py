@@ -119,6 +119,8 @@ def evaluate(
 ) -> Result:
     """Judge a split, image by image; every process takes each ``world``-th image, none twice."""
     device = next(model.parameters()).device
+    if extractor is not None:
+        extractor.to(device)
     was_training = model.training
     model.eval()
     target = frames.specs[frames.target or ""]
