@@ -34,13 +34,17 @@ def _common(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks
 def list_(as_json: Json = False) -> None:
     """Recipes, fusers, backbones, data sets."""
     from tokenfusion.api import DATASETS
+    from tokenfusion.backbones import mirror
     from tokenfusion.backbones.mit import DEPTHS
     from tokenfusion.recipe import FUSERS, shipped
 
     content = {
         "recipes": shipped(),
         "fusers": {name: spec["_target_"] for name, spec in FUSERS.items()},
-        "backbones": {f"mit-{v}": f"Mix Transformer, depths {' '.join(map(str, d))}" for v, d in DEPTHS.items()},
+        "backbones": {f"mit-{v}": f"Mix Transformer, depths {' '.join(map(str, d))}" for v, d in DEPTHS.items()}
+        | {
+            f"mirror-{v}": f"generator of MiT blocks, encoder {' '.join(map(str, d))}" for v, d in mirror.DEPTHS.items()
+        },
         "datasets": DATASETS,
     }
     if as_json:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -15,6 +15,8 @@ from tokenfusion.components import read_yaml, write_text
 from tokenfusion.data.folder import DatasetSpec, Folder
 from tokenfusion.errors import UserError
 from tokenfusion.train import WITHOUT_EFFECT_ON_WEIGHTS, Checkpoints, TrainSettings, load_model
+
+Net = TypeVar("Net", bound=nn.Module)
 
 # what may change when a run goes on
 MAY_CHANGE = {("data", "root"), ("description",), ("train", "steps")} | {
@@ -72,12 +74,33 @@ def recorded_dataset(run: Path) -> DatasetSpec:
     return read_yaml(run / "dataset.yaml", DatasetSpec)
 
 
-def load_weights(model: nn.Module, run: Path, checkpoint: str) -> dict[str, Any]:
-    """Fill a model, kept as ``task.model``, from a run's ``last`` or ``best`` checkpoint; returns the checkpoint's state.
+def load_run(
+    run: Path,
+    names: Sequence[str],
+    build: Callable[[DatasetSpec], Net],
+    checkpoint: str,
+    device: str | torch.device,
+) -> tuple[Net, DatasetSpec, dict[str, Any]]:
+    """A run's model, kept as ``task.model``, in eval mode; the description of its data; the checkpoint's state.
+
+    Args:
+        names: the modalities that the recipe names.
+        build: the recipe's fresh model.
+        checkpoint: ``last`` or ``best``.
 
     Raises:
-        UserError: where there is no such checkpoint, or it does not fit the recipe.
+        UserError: where the run lacks a modality, there is no such checkpoint, or it does not fit the recipe.
     """
+    dataset = recorded_dataset(run)
+    missing = [name for name in names if name not in dataset.modalities]
+    if missing:
+        raise UserError(f"{run / 'dataset.yaml'}: has no modality {missing[0]!r}, which recipe.yaml names")
+    model = build(dataset)
+    state = _load_weights(model, run, checkpoint)
+    return model.to(device).eval(), dataset, state
+
+
+def _load_weights(model: nn.Module, run: Path, checkpoint: str) -> dict[str, Any]:
     if checkpoint not in ("last", "best"):
         raise UserError(f"--checkpoint is {checkpoint!r}; wanted last or best")
     tensors, state = load_model(run, "best" if checkpoint == "best" else "last")

@@ -18,8 +18,7 @@ from tokenfusion.tasks.runs import (
     device_of,
     is_started,
     judged_folder,
-    load_weights,
-    recorded_dataset,
+    load_run,
     save_weights,
     settle,
 )
@@ -83,13 +82,13 @@ def load(
     device: str | torch.device = "cpu",
 ) -> tuple[FusedSegmenter, DatasetSpec, dict[str, Any]]:
     """The trained model in eval mode, the data set's description and the checkpoint's state."""
-    dataset = recorded_dataset(run)
-    missing = [name for name in recipe.data.modalities if name not in dataset.modalities]
-    if missing:
-        raise UserError(f"{run / 'dataset.yaml'}: has no modality {missing[0]!r}, which recipe.yaml names")
-    model = build_model(recipe, len(dataset.classes), trust)
-    state = load_weights(model, run, checkpoint)
-    return model.to(device).eval(), dataset, state
+    return load_run(
+        run,
+        recipe.data.modalities,
+        lambda dataset: build_model(recipe, len(dataset.classes), trust),
+        checkpoint,
+        device,
+    )
 
 
 def save(recipe: SegmentationRecipe, dataset: DatasetSpec, tensors: Mapping[str, torch.Tensor], out: Path) -> None:

@@ -94,7 +94,8 @@ class Discriminator(nn.Module):
     Args:
         backbone: a pyramid for 6 channels, shared by the modalities without fusion.
 
-    Shape: ``{name: [B, 3, H, W]}, {name: [B, 3, H, W]} -> [M, B, 1, ceil(H / 32), ceil(W / 32)]``, of the names in ``images``.
+    Shape: ``{name: [B, 3, H, W]}, {name: [B, 3, H, W]} -> [M, B, 1, ceil(H / 32), ceil(W / 32)]``.
+    A branch whose name is left out is judged on zeros.
     """
 
     def __init__(self, backbone: FusedBackbone) -> None:

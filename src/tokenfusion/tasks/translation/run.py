@@ -12,14 +12,12 @@ import torch
 from tokenfusion.components import write_text
 from tokenfusion.data.folder import DatasetSpec, Folder
 from tokenfusion.data.frames import collate
-from tokenfusion.errors import UserError
 from tokenfusion.tasks.fusing import exchange_figures
 from tokenfusion.tasks.runs import (
     device_of,
     is_started,
     judged_folder,
-    load_weights,
-    recorded_dataset,
+    load_run,
     save_weights,
     settle,
 )
@@ -80,13 +78,9 @@ def load(
     device: str | torch.device = "cpu",
 ) -> tuple[FusedTranslator, DatasetSpec, dict[str, Any]]:
     """The trained generator in eval mode, the data set's description and the checkpoint's state."""
-    dataset = recorded_dataset(run)
-    missing = [name for name in (*recipe.data.modalities, recipe.data.target) if name not in dataset.modalities]
-    if missing:
-        raise UserError(f"{run / 'dataset.yaml'}: has no modality {missing[0]!r}, which recipe.yaml names")
-    model = build_model(recipe, trust)
-    state = load_weights(model, run, checkpoint)
-    return model.to(device).eval(), dataset, state
+    return load_run(
+        run, (*recipe.data.modalities, recipe.data.target), lambda _: build_model(recipe, trust), checkpoint, device
+    )
 
 
 def save(recipe: TranslationRecipe, dataset: DatasetSpec, tensors: Mapping[str, torch.Tensor], out: Path) -> None:
