@@ -2,7 +2,7 @@
 
 python examples/exchange_picture.py RUN SAMPLE_ID BLOCK OUT.png
 for example runs/demo/tokenfusion-seed0 000420 stage2.1 docs/images/exchange.png
-or          runs/shade/tokenfusion-seed0 000460 enc3.0 docs/images/translation.png
+or          runs/colour/tokenfusion-seed0 000460 dec4.0 docs/images/translation.png
 """
 
 from __future__ import annotations

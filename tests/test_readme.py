@@ -26,7 +26,7 @@ def test_commands_and_python_run_as_printed(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, (words, done.stderr[-2000:])
     for path in ("runs/first/report.html", "predictions/000042_overlay.png", "predictions/rgb-alone/000042.png",
-                 "predictions/shade/000042_view.png"):  # fmt: skip
+                 "predictions/colour/000042.png"):  # fmt: skip
         assert (tmp_path / path).is_file()
     code = "\n".join(blocks("python"))
     done = subprocess.run(

@@ -47,7 +47,7 @@ def bench(
     Args:
         recipe_name, overrides: see :func:`tokenfusion.recipe.read_recipe`.
         size: (rows, columns) of the input; the task's usual one otherwise.
-        rounds: timed rounds, after one that is not counted.
+        rounds: timed rounds, after one (training: three) that are not counted.
         batch: batch size in training; otherwise 2 for segmentation, 1 for translation. The forward pass runs at 1.
     """
     recipe = read_recipe(recipe_name, overrides)
@@ -88,11 +88,12 @@ def bench(
 
 def _race(contestants: dict[str, Contestant], rounds: int, training: bool) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for index in range(rounds + 1):
+    warm = 3 if training else 1  # optimisers and gradients first find their memory
+    for index in range(rounds + warm):
         for name, entry in contestants.items():
             start = time.perf_counter()
             _run(entry, training)
-            if index:
+            if index >= warm:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 

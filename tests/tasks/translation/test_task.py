@@ -20,7 +20,7 @@ def task(*overrides: str) -> TranslationTask:
     return TranslationTask(build_model(recipe), build_discriminator(recipe), recipe).train()
 
 
-def batch(names: tuple[str, ...] = ("rgb", "normal"), valid: torch.Tensor | None = None, size: int = 32) -> Batch:
+def batch(names: tuple[str, ...] = ("shade", "edge_texture"), valid: torch.Tensor | None = None, size: int = 32) -> Batch:
     generator = torch.Generator().manual_seed(1)
     images = [torch.randn(2, 3, size, size, generator=generator).tanh() for _ in (*names, "target")]
     return Batch(["a", "b"], dict(zip(names, images[:-1], strict=True)), images[-1], valid)
@@ -29,11 +29,11 @@ def batch(names: tuple[str, ...] = ("rgb", "normal"), valid: torch.Tensor | None
 def test_terms_are_those_of_the_specification() -> None:
     model, sample = task(), batch()
     output = model(sample)
-    assert list(model.losses(sample, output, "discriminator")) == ["rgb", "normal"]
+    assert list(model.losses(sample, output, "discriminator")) == ["shade", "edge_texture"]
     assert list(model.losses(sample, output, "generator")) == [
         "adversarial",
-        "l1/rgb",
-        "l1/normal",
+        "l1/shade",
+        "l1/edge_texture",
         "l1/ensemble",
         "sparsity",
     ]
@@ -118,7 +118,7 @@ def test_the_monitor_is_what_ranks() -> None:
     assert not model.higher_is_better
 
 
-@pytest.mark.parametrize("modalities", [("normal",), ("rgb", "normal", "depth", "edge_texture")])
+@pytest.mark.parametrize("modalities", [("normal",), ("shade", "normal", "depth", "edge_texture")])
 def test_one_to_four_modalities(modalities: tuple[str, ...]) -> None:
     model = task(f"data.modalities=[{', '.join(modalities)}]")
     sample = batch(modalities)
@@ -135,8 +135,8 @@ def test_what_does_not_fit_is_said() -> None:
     wrong = {"_target_": "tokenfusion.backbones.mirror.discriminator", "variant": "xs"}
     with pytest.raises(UserError, match=r"model\.generator: wanted a MirroredMiT, got MiT"):
         build_model(recipe.model_copy(update={"model": recipe.model.model_copy(update={"generator": wrong})}))
-    with pytest.raises(UserError, match=r"data\.target 'rgb' is one of data\.modalities"):
-        read_recipe("toy-translation", ["data.target=rgb"])
+    with pytest.raises(UserError, match=r"data\.target 'shade' is one of data\.modalities"):
+        read_recipe("toy-translation", ["data.target=shade"])
     with pytest.raises(UserError, match=r"model\.generator: .*variant must be one of"):
         build_model(read_recipe("toy-translation", ["model.generator.variant=b7"]))
 
