@@ -20,7 +20,9 @@ def task(*overrides: str) -> TranslationTask:
     return TranslationTask(build_model(recipe), build_discriminator(recipe), recipe).train()
 
 
-def batch(names: tuple[str, ...] = ("shade", "edge_texture"), valid: torch.Tensor | None = None, size: int = 32) -> Batch:
+def batch(
+    names: tuple[str, ...] = ("shade", "edge_texture"), valid: torch.Tensor | None = None, size: int = 32
+) -> Batch:
     generator = torch.Generator().manual_seed(1)
     images = [torch.randn(2, 3, size, size, generator=generator).tanh() for _ in (*names, "target")]
     return Batch(["a", "b"], dict(zip(names, images[:-1], strict=True)), images[-1], valid)
