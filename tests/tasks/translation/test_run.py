@@ -20,6 +20,7 @@ from torch import Tensor
 
 import tokenfusion
 from tokenfusion import api
+from tokenfusion.tasks.runs import recorded_dataset
 from tokenfusion.tasks.translation import run as verbs
 from tokenfusion.train.checkpoint import Checkpoint, Checkpoints
 
@@ -135,7 +136,7 @@ def collapsed(run: Path, out: Path) -> Path:
     made = api.recipe_of(run)
     weights = tokenfusion.load(run).state_dict()
     weights["head.project.weight"] = torch.zeros_like(weights["head.project.weight"])
-    verbs.save(made, verbs.recorded_dataset(run), weights, out)  # type: ignore[arg-type]
+    verbs.save(made, recorded_dataset(run), weights, out)  # type: ignore[arg-type]
     return out
 
 
