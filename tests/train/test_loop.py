@@ -172,6 +172,17 @@ def test_two_phases_equal_the_plain_alternation(tmp_path: Path) -> None:
         assert torch.allclose(trained, expected, atol=1e-5)
 
 
+def test_a_task_is_told_the_step_after_a_restart_too(tmp_path: Path) -> None:
+    class Counting(Regression):
+        def begin(self, step: int) -> None:
+            steps.append(step)
+
+    steps: list[int] = []
+    for end in (2, 5):
+        fit(Counting(), Samples(), tmp_path, settings(steps=end, checkpoint_every=1), progress="silent")
+    assert steps == [0, 1, 2, 3, 4]
+
+
 def test_pieces_equal_the_whole_batch(tmp_path: Path) -> None:
     double = torch.float64
     for name, pieces in (("whole", 1), ("pieces", 4)):

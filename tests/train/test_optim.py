@@ -23,6 +23,12 @@ def test_one_continuous_schedule() -> None:
     assert learning_rate(settings(steps=100, lr=1.0, schedule="constant"), 99) == 1.0
 
 
+def test_steps_to_a_tenth() -> None:
+    train = settings(steps=100, lr=2.0, schedule="step", milestones=[60, 80], warmup_steps=2, warmup_ratio=0.0)
+    found = [learning_rate(train, step) for step in (0, 1, 2, 59, 60, 79, 80, 99)]
+    assert found == pytest.approx([0.0, 1.0, 2.0, 2.0, 0.2, 0.2, 0.02, 0.02])
+
+
 def test_released_restarts() -> None:
     train = settings(steps=39600, **RELEASED)
     assert [(s.start, s.steps) for s in stages(train)] == [(0, 13200), (13200, 13200), (26400, 13200)]

@@ -28,6 +28,8 @@ from tokenfusion.train import TrainSettings, train_settings
         ({"lr": None, "restarts": [{"steps": 3, "lr": 0.1}]}, "the stages in restarts sum to 3 steps, but steps is 12"),
         ({"lr": None, "restarts": [0.1] * 13}, "more stages than there are steps"),
         ({"betas": [0.9]}, r"train.betas: wanted two numbers, for example \[0.9, 0.999\], got \[0.9\]"),
+        ({"schedule": "step"}, "step and milestones belong together"),
+        ({"milestones": [3]}, "step and milestones belong together"),
         ({"devices": "al"}, r"train.devices: wanted a number of devices, or auto, got 'al'"),
     ],
 )

@@ -89,7 +89,8 @@ class MixMLP(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         x = self.dwconv(to_map(self.fc1(x), grid))
-        return recomputed(lambda hidden: self.fc2(F.gelu(hidden)), to_tokens(x), self.training)
+        learns = self.training and self.fc2.weight.requires_grad  # frozen, the product keeps no input: nothing to save
+        return recomputed(lambda hidden: self.fc2(F.gelu(hidden)), to_tokens(x), learns)
 
 
 class MiTBlock(nn.Module):

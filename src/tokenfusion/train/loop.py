@@ -148,6 +148,7 @@ class _Run:
         while self.step < settings.steps:
             pieces = next(source)
             lr = self.optimizers.begin(self.step)
+            task.begin(self.step)
             torch.manual_seed(derive_seed(self.seed, "step", self.step, self.engine.rank))
             self.step += 1
             logs = self._due(settings.log_every)

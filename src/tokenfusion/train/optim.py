@@ -45,11 +45,14 @@ def stage_at(settings: TrainSettings, step: int) -> Stage:
 def schedule_factor(settings: TrainSettings, step: int, length: int) -> float:
     """Factor of the base learning rate ``step`` steps into a stage: poly decay times a linear warm-up.
 
-    poly is ``(1 - step / length) ** power``; the warm-up climbs from ``warmup_ratio`` to 1 over ``warmup_steps``.
+    poly is ``(1 - step / length) ** power``; step falls to a tenth at every milestone; the
+    warm-up climbs from ``warmup_ratio`` to 1 over ``warmup_steps``.
     """
     factor = 1.0
     if settings.schedule == "poly":
         factor = max(0.0, 1 - step / length) ** settings.power
+    elif settings.schedule == "step":
+        factor = 0.1 ** sum(milestone <= step for milestone in settings.milestones)
     if step < settings.warmup_steps:
         factor *= settings.warmup_ratio + (1 - settings.warmup_ratio) * step / settings.warmup_steps
     return factor

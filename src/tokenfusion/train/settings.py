@@ -42,10 +42,11 @@ class TrainSettings(_Strict):
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float | None = Field(None, gt=0)  # of the gradient of all parameters of a phase together
 
-    schedule: Literal["poly", "constant"] = "poly"
+    schedule: Literal["poly", "step", "constant"] = "poly"
     power: float = Field(1.0, gt=0)
     warmup_steps: int = Field(0, ge=0)
     warmup_ratio: float = Field(1e-6, ge=0, le=1)
+    milestones: list[int] = []  # step: where the rate falls to a tenth
     schedule_steps: int | None = Field(None, gt=0)  # where poly would reach 0; None: at the end of the run or stage
     restarts: list[float] | list[Restart] | None = None  # learning rates of equal stages, or {steps, lr} of each
 
@@ -98,6 +99,8 @@ class TrainSettings(_Strict):
         if (self.lr is None) == (self.restarts is None):
             came = "both lr and restarts are given" if self.lr is not None else "neither lr nor restarts is given"
             raise ValueError(f"{came}; exactly one is wanted (set the other to null)")
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError("schedule: step and milestones belong together; give both or neither")
         lengths = [stage.steps for stage in self.restarts or [] if isinstance(stage, Restart)]
         if lengths and sum(lengths) != self.steps:
             raise ValueError(f"the stages in restarts sum to {sum(lengths)} steps, but steps is {self.steps}")

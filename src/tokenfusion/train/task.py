@@ -58,6 +58,9 @@ class Task(nn.Module):
     monitor: str = ""  # the validation figure that picks the best checkpoint, for example "ensemble/miou"
     higher_is_better: bool = True
 
+    def begin(self, step: int) -> None:
+        """Called before every training step (counted from 0): for losses that come or go."""
+
     def forward(self, batch: Any) -> Any:
         """The outputs for a batch; once per step, under the precision of the run."""
         raise NotImplementedError
