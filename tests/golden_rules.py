@@ -2,7 +2,7 @@
 
 Nothing of a network is stored: every tensor follows from its key in the reference's state dict, every input from its
 tag. A case folder under ``tests/golden`` holds ``case.json`` (settings, tolerances, float64 means), ``keys.json``
-(reference key -> shape, dtype), ``outputs.npz`` and ``grads.json`` (gradient norms).
+(reference key -> shape, dtype, first key of the same tensor), ``outputs.npz`` and ``grads.json`` (gradient norms).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Case:
     def state_dict(self) -> dict[str, Tensor]:
         """The reference's whole state dict, checked against the stored checksum."""
         keys = json.loads((self.folder / "keys.json").read_text())
-        arrays = {key: fill(key, entry[0]) for key, entry in keys.items()}
+        arrays = {key: fill(entry[2] if len(entry) > 2 else key, entry[0]) for key, entry in keys.items()}
         checksum = 0
         for array in arrays.values():
             checksum = zlib.crc32(array.tobytes(), checksum)

@@ -52,6 +52,45 @@ def test_translation_rows_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ratios["training memory: training step / released schedule"] == 0.75
 
 
+TINY = ["model.points.points=[64, 32, 16, 8]", "model.points.proposals=16", "data.points=256",
+        "model.image.detections=8", "data.image=[64, 96]"]  # fmt: skip
+
+
+def test_detection_rows_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenfusion.bench._in_child", lambda _, *arguments: 30.0 if arguments[2] == "fused" else 20.0)
+    result = bench("toy-detection3d", TINY, rounds=1)
+    rows, ratios = result["rows"], result["ratios"]
+    assert result["size"] == [64, 96]  # of the recipe's own images
+    assert list(rows) == ["fused", "unfused", "fused bf16"]
+    assert rows["fused"]["parameters"] > rows["unfused"]["parameters"]  # the score networks
+    assert rows["fused"]["gflop"] == rows["fused bf16"]["gflop"] > rows["unfused"]["gflop"] > 0
+    assert rows["fused bf16"]["training_peak_mb"] is None
+    assert ratios["forward: fused / unfused"] == rows["fused"]["seconds"] / rows["unfused"]["seconds"]
+    assert ratios["forward: fused bf16 / fused fp32"] == rows["fused bf16"]["seconds"] / rows["fused"]["seconds"]
+    assert ratios["training memory: fused / unfused"] == 1.5
+    assert len(ratios) == 3
+
+
+@pytest.mark.parametrize("name", ["fused", "unfused"])
+def test_detection_trains_both_networks_on_points_that_the_images_show(name: str) -> None:
+    entry = contestant("toy-detection3d", [*TINY, "fuser.threshold=1.0"], name, (64, 96), 2, training=True)
+    shown = []
+    entry.model.register_forward_hook(lambda *found: shown.append(found[-1].visible))
+    entry.step()
+    (visible,) = shown
+    assert visible.shape == (2, 32)
+    assert 0.3 < visible.double().mean() < 1  # so that there is something to exchange
+    without = {n for n, p in entry.model.named_parameters() if p.grad is None or not bool(p.grad.any())}
+    assert not [n for n in without if n.startswith(("points.backbone.", "image.vit.blocks.", "points.decoder"))]
+
+
+def test_bf16_detection_keeps_coordinates() -> None:
+    outputs = [contestant("toy-detection3d", TINY, name, (64, 96)).step() for name in ("fused", "fused bf16")]
+    full, half = (output.points for output in outputs)  # type: ignore[attr-defined]
+    torch.testing.assert_close(half.seeds.xyz, full.seeds.xyz, rtol=0, atol=0)
+    assert half.seeds.features.dtype is torch.bfloat16 or not torch.equal(half.seeds.features, full.seeds.features)
+
+
 def test_both_schedules_are_the_same_mathematics() -> None:
     """One step from the same weights: both optimisers are given the same gradients, in the same order."""
     changes = [*XS, "model.generator.drop_path=0", "model.discriminator.drop_path=0"]

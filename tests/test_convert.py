@@ -153,7 +153,7 @@ def test_single_modal_weights_start_a_fused_model(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(3)}, tmp_path / "a.pth")
-    for kind in ("released-segmentation", "released-translation", "segformer", "hf-segformer"):
+    for kind in ("released-segmentation", "released-translation", "groupfree", "segformer", "hf-segformer", "yolos"):
         with pytest.raises(UserError, match="weight"):
             convert(tmp_path / "a.pth", kind, tmp_path / "out")
     torch.save(mit("b0").state_dict() | {"stages.0.blocks.7.norm1.weight": torch.zeros(32)}, tmp_path / "b.pth")

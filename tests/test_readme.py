@@ -26,7 +26,8 @@ def test_commands_and_python_run_as_printed(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, (words, done.stderr[-2000:])
     for path in ("runs/first/report.html", "predictions/000042_overlay.png", "predictions/rgb-alone/000042.png",
-                 "predictions/colour/000042.png"):  # fmt: skip
+                 "predictions/colour/000042.png", "predictions/boxes/000042.json", "predictions/boxes/000042_boxes.png",
+                 "predictions/boxes/000042_above.png"):  # fmt: skip
         assert (tmp_path / path).is_file()
     code = "\n".join(blocks("python"))
     done = subprocess.run(
@@ -43,14 +44,16 @@ def test_shell_lines_outside_of_commands_are_known() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (README.parent / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"make ([a-z-]+)", text.split("## Install")[0])) <= targets | {"it"}
     recipes = {path.stem for path in (README.parent / "src" / "tokenfusion" / "recipes").glob("*.yaml")}
-    named = set(re.findall(r"`((?:nyudv2|sunrgbd)-mit-b\d[\w-]*|toy-\w+|taskonomy-[\w-]+)`", text))
+    named = set(
+        re.findall(r"`((?:nyudv2|sunrgbd)-mit-b\d[\w-]*|(?:sunrgbd|scannet)-l[\w-]+|toy-\w+|taskonomy-[\w-]+)`", text)
+    )
     pairs = re.findall(r"`((?:[a-z]+-)*to-[a-z]+)`", text)
     assert len(pairs) == 5  # Table 1; of Table 7 the inputs are named
     inputs = re.search(r"and (`depth`[^.]*) to `rgb`", text, re.DOTALL)
     assert inputs
     pairs += [f"{name}-to-rgb" for name in re.findall(r"`([a-z-]+)`", inputs[1])]
     named |= {f"taskonomy-{pair}-{size}" for pair in pairs for size in ("ti", "s")}
-    assert {name for name in recipes if name.startswith("taskonomy-")} <= named
+    assert {name for name in recipes if re.match("taskonomy-|(sunrgbd|scannet)-l|toy-", name)} <= named
     assert named
     assert not re.findall(r"^[A-Z]{4,}$", text, re.MULTILINE), "a placeholder"
     assert named <= recipes

@@ -16,15 +16,18 @@ from tokenfusion.components import explain, read_yaml
 from tokenfusion.errors import UserError, nearest
 from tokenfusion.train import FitResult
 
-TASKS = {name: f"tokenfusion.tasks.{name}" for name in ("segmentation", "translation")}
+TASKS = {name: f"tokenfusion.tasks.{name}" for name in ("segmentation", "translation", "detection3d")}
 
 
 DATASETS = {
     "nyudv2": "NYUDv2, 795 + 654 images, 40 classes, from nyu_depth_v2_labeled.mat, splits.mat, classMapping40.mat",
-    "sunrgbd": "SUN RGB-D, 5,285 + 5,050 images, 37 classes, from SUNRGBD.zip and SUNRGBDtoolbox.zip, unpacked",
+    "sunrgbd": "SUN RGB-D, 5,285 + 5,050 images, 37 classes, from SUNRGBD.zip and SUNRGBDtoolbox.zip, unpacked; "
+    "or, with --task detection3d, its scenes with boxes of 10 classes",
     "taskonomy": "Taskonomy, any buildings, all domains that are images, from folders or archives as downloaded",
+    "scannet": "ScanNet v2, 1,201 + 312 scans with boxes of 18 classes and views, from scans/ and scannet_frames_25k/",
     "rooms": "procedural rooms, drawn on the spot from a seed",
 }
+PREPARATIONS = {"sunrgbd": {"segmentation": "sunrgbd", "detection3d": "sunrgbd_boxes"}}  # where tasks want other files
 
 
 class Recipe(Protocol):
@@ -74,13 +77,16 @@ def prepare(
         source: folder with the official files, at any depth; None for rooms.
         out: new folder; it appears when everything is written.
         options: further arguments of that data set's ``tokenfusion.data.prepare.DATASET.prepare``, for example
-            ``{"depth": "raw"}`` or ``{"domains": ["rgb", "normal"], "on_bad": "skip"}``.
+            ``{"depth": "raw"}`` or ``{"domains": ["rgb", "normal"], "on_bad": "skip"}``; and ``task``, where a data set
+            is prepared in another way for it: sunrgbd for "detection3d" (``tokenfusion.data.prepare.sunrgbd_boxes``).
     """
     if dataset not in DATASETS:
         raise UserError(f"no data set named {dataset!r}; {nearest(dataset, DATASETS)}")
-    write = importlib.import_module(f"tokenfusion.data.prepare.{dataset}").prepare
+    options = dict(options or {})
+    module = _preparation(dataset, options.pop("task", None))
+    write = importlib.import_module(f"tokenfusion.data.prepare.{module}").prepare
     known = [name for name in inspect.signature(write).parameters if name not in ("out", "progress", "expected")]
-    given = {**({} if source is None else {"source": Path(source)}), **(options or {})}
+    given = {**({} if source is None else {"source": Path(source)}), **options}
     for name in given:
         if name not in known:
             flags = ", ".join(f"--{key.replace('_', '-')}" for key in known)
@@ -88,6 +94,17 @@ def prepare(
     if "source" in known and source is None:
         raise UserError(f"prepare {dataset} wants --source: {DATASETS[dataset]}")
     return dict(write(out=Path(out), **given))
+
+
+def _preparation(dataset: str, task: str | None) -> str:
+    """The module of ``tokenfusion.data.prepare`` that writes a data set for a task."""
+    modules = PREPARATIONS.get(dataset, {})
+    if task is None:
+        return dataset
+    if task not in modules:
+        wanted = nearest(task, modules) if modules else f"prepare {dataset} takes no --task"
+        raise UserError(f"--task is {task!r}; {wanted}")
+    return modules[task]
 
 
 def prepare_rooms(

@@ -41,17 +41,18 @@ def bench(
     """Race the recipe's model against the same streams unfused, and what else its task is measured against.
 
     Segmentation: transformers' SegFormer on one image after the other. Translation: whole training steps, ours and as the
-    released code orders them. Every round runs each contestant once, so that a noisy machine disturbs all alike; figures
-    are ratios of medians. Memory is taken in a fresh process per contestant.
+    released code orders them. Detection: the networks alone; what is searched for in a cloud comes from the loader. Every
+    round runs each contestant once, so that a noisy machine disturbs all alike; figures are ratios of medians. Memory is
+    taken in a fresh process per contestant.
 
     Args:
         recipe_name, overrides: see :func:`tokenfusion.recipe.read_recipe`.
         size: (rows, columns) of the input; the task's usual one otherwise.
         rounds: timed rounds, after one (training: three) that are not counted.
-        batch: batch size in training; otherwise 2 for segmentation, 1 for translation. The forward pass runs at 1.
+        batch: batch size in training; otherwise 1 for translation, 2 for the others. The forward pass runs at 1.
     """
     recipe = read_recipe(recipe_name, overrides)
-    size = size or SIZES[recipe.task]
+    size = size or SIZES.get(recipe.task) or recipe.data.image
     if min(size) < 32:
         raise UserError(f"--size is {size[0]}x{size[1]}; at least 32x32 is wanted")
     batch = batch or (1 if recipe.task == "translation" else 2)
@@ -165,17 +166,20 @@ def _processor() -> str:
 def _ratios(rows: dict[str, Row]) -> dict[str, float]:
     """The figures to compare across machines; the goal stands behind each name in the documentation."""
     fused, half = rows["fused"], rows["fused bf16"]
-    ratios = {"forward: fused / unfused": fused.seconds / rows["unfused"].seconds}
-    peer, released = rows.get(PEER), rows.get(RELEASED_STEP)
-    if peer is not None:
+    unfused, peer, released = rows["unfused"], rows.get(PEER), rows.get(RELEASED_STEP)
+    ratios = {"forward: fused / unfused": fused.seconds / unfused.seconds}
+    if peer is None:
+        ratios["forward: fused bf16 / fused fp32"] = half.seconds / fused.seconds
+    else:
         ratios[f"forward: fused / {PEER}"] = fused.seconds / peer.seconds
         ratios[f"forward: fused bf16 / {PEER} fp32"] = half.seconds / peer.seconds
         if fused.training_peak_mb and peer.training_peak_mb:
             ratios[f"training memory: fused / {PEER}"] = fused.training_peak_mb / peer.training_peak_mb
     if released is not None:
         own = rows[STEP]
-        ratios["forward: fused bf16 / fused fp32"] = half.seconds / fused.seconds
         ratios[f"{STEP} / {RELEASED_STEP}"] = own.seconds / released.seconds
         if own.training_peak_mb and released.training_peak_mb:
             ratios[f"training memory: {STEP} / {RELEASED_STEP}"] = own.training_peak_mb / released.training_peak_mb
+    if fused.training_peak_mb and unfused.training_peak_mb:
+        ratios["training memory: fused / unfused"] = fused.training_peak_mb / unfused.training_peak_mb
     return ratios

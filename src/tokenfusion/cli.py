@@ -34,16 +34,20 @@ def _common(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks
 def list_(as_json: Json = False) -> None:
     """Recipes, fusers, backbones, data sets."""
     from tokenfusion.api import DATASETS
-    from tokenfusion.backbones import mirror
+    from tokenfusion.backbones import mirror, yolos
     from tokenfusion.backbones.mit import DEPTHS
-    from tokenfusion.recipe import FUSERS, shipped
+    from tokenfusion.recipe import FUSERS, fusers, shipped
 
     content = {
         "recipes": shipped(),
         "fusers": {name: spec["_target_"] for name, spec in FUSERS.items()},
+        "fusers of detection3d": {name: spec["_target_"] for name, spec in fusers("detection3d").items()},
         "backbones": {f"mit-{v}": f"Mix Transformer, depths {' '.join(map(str, d))}" for v, d in DEPTHS.items()}
+        | {f"mirror-{v}": f"generator of MiT blocks, encoder {' '.join(map(str, d))}" for v, d in mirror.DEPTHS.items()}
+        | {"group-free": "detector of points: PointNet++, a transformer decoder; layers, proposals and width as wanted"}
         | {
-            f"mirror-{v}": f"generator of MiT blocks, encoder {' '.join(map(str, d))}" for v, d in mirror.DEPTHS.items()
+            f"yolos-{v}": f"detector of images: a ViT, {p.size.depth} blocks of width {p.size.dim}"
+            for v, p in yolos.VARIANTS.items()
         },
         "datasets": DATASETS,
     }
@@ -69,21 +73,27 @@ def show(recipe: str, overrides: Overrides = None) -> None:
 
 @app.command()
 def prepare(
-    dataset: Annotated[str, typer.Argument(help="nyudv2, sunrgbd, taskonomy or rooms.")],
+    dataset: Annotated[str, typer.Argument(help="nyudv2, sunrgbd, scannet, taskonomy or rooms.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     source: Annotated[Path | None, typer.Option(help="Folder with the official files.")] = None,
     depth: Annotated[str | None, typer.Option(help="nyudv2, sunrgbd: filled (default) or raw.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="sunrgbd: segmentation (default) or detection3d, which has scenes with boxes.")
+    ] = None,
+    boxes: Annotated[str | None, typer.Option(help="sunrgbd --task detection3d: v1 (default) or v2.")] = None,
+    views: Annotated[int | None, typer.Option(help="scannet: images of a scene, 10.")] = None,
     domains: Annotated[
         str | None, typer.Option(help="taskonomy: e.g. rgb,normal,depth_zbuffer; default: what most views have.")
     ] = None,
     on_bad: Annotated[
-        str | None, typer.Option(help="taskonomy: stop (default) at views that cannot be used, or skip them.")
+        str | None,
+        typer.Option(help="taskonomy, scannet, boxes of sunrgbd: stop (default) at what cannot be used, or skip it."),
     ] = None,
     train_count: Annotated[int | None, typer.Option("--train", help="rooms: training frames, 400.")] = None,
     val_count: Annotated[int | None, typer.Option("--val", help="rooms: validation frames, 100.")] = None,
     height: Annotated[int | None, typer.Option(help="rooms: rows, 96.")] = None,
     width: Annotated[int | None, typer.Option(help="rooms: columns, 128.")] = None,
-    seed: Annotated[int | None, typer.Option(help="rooms: 0.")] = None,
+    seed: Annotated[int | None, typer.Option(help="rooms, and points that are drawn: 0.")] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check an existing --out against its manifest instead.")
     ] = False,
@@ -99,7 +109,7 @@ def prepare(
         return
     names = None if domains is None else [name.strip() for name in domains.split(",")]
     options = {"depth": depth, "domains": names, "on_bad": on_bad, "train": train_count, "val": val_count}
-    options |= {"height": height, "width": width, "seed": seed}
+    options |= {"height": height, "width": width, "seed": seed, "task": task, "boxes": boxes, "views": views}
     given = {name: value for name, value in options.items() if value is not None}
     for name, count in api.prepare(dataset, source, out, given).items():
         typer.echo(f"{name}: {count}")
@@ -130,9 +140,13 @@ def evaluate(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Another data set than the recipe's.")] = None,
     split: Annotated[str | None, typer.Option(help="Split, e.g. val.")] = None,
-    multi_scale: Annotated[bool, typer.Option("--multi-scale", help="Six scales and their mirror images.")] = False,
+    multi_scale: Annotated[
+        bool, typer.Option("--multi-scale", help="Segmentation: six scales and their mirror images.")
+    ] = False,
     checkpoint: Checkpoint = "last",
-    per_class: Annotated[bool, typer.Option("--per-class", help="Print the IoU of every class too.")] = False,
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="Print IoU, or AP and recall, of every class too.")
+    ] = False,
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -141,8 +155,8 @@ def evaluate(
     from tokenfusion.recipe import evaluation_changes
     from tokenfusion.tasks.segmentation.inference import MULTI_SCALE
 
-    if per_class and api.recipe_of(run).task != "segmentation":
-        raise UserError(f"--per-class: {run} is no segmentation, and only that has classes; leave it out")
+    if per_class or multi_scale:
+        _check_options(run, api.recipe_of(run).task, per_class, multi_scale)
     evaluation = {**(MULTI_SCALE if multi_scale else {}), **evaluation_changes(changes or [])}
     metrics = api.evaluate(run, data, split, evaluation, checkpoint, trust)
     if as_json:
@@ -155,14 +169,17 @@ def evaluate(
 @app.command()
 def predict(
     run: Path,
-    files: Annotated[list[str] | None, typer.Argument(help="A file per modality: rgb=a.jpg depth=a.png")] = None,
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(help="Input files: rgb=a.jpg depth=a.png, or points=a.npy rgb=a.jpg camera=a.json"),
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="A data set folder instead of single files.")] = None,
     split: Annotated[str | None, typer.Option(help="One split of --data; all without it.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("predictions"),
     checkpoint: Checkpoint = "last",
     trust: Trust = False,
 ) -> None:
-    """Predict on one's own files: label png and overlay, or the generated image; and every token's score."""
+    """Predict on one's own files: labels, the generated image, or boxes with pictures of them; and every token's score."""
     from tokenfusion import api
 
     written = api.predict(run, out, _pairs(files) if files else None, data, split, checkpoint, trust)
@@ -193,7 +210,11 @@ def compare(
 def convert(
     file: Path,
     source: Annotated[
-        str, typer.Option("--from", help="released-segmentation, released-translation, segformer or hf-segformer.")
+        str,
+        typer.Option(
+            "--from",
+            help="released-segmentation, released-translation, groupfree, segformer, hf-segformer, yolos, hf-yolos, deit.",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     dataset: Annotated[
@@ -212,7 +233,9 @@ def convert(
 def bench(
     recipe: str,
     overrides: Overrides = None,
-    size: Annotated[str | None, typer.Option(help="ROWSxCOLUMNS of the input; 480x640 or 256x256 by task.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="ROWSxCOLUMNS of the images; by task 480x640, 256x256 or the recipe's own.")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 7,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
     as_json: Json = False,
@@ -273,7 +296,7 @@ def doctor(as_json: Json = False) -> None:
     import torch
 
     content: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
-    libraries = "tokenfusion torch torchvision lightning-fabric transformers timm h5py scipy matplotlib jinja2"
+    libraries = "tokenfusion torch torchvision lightning-fabric transformers timm h5py numba scipy matplotlib jinja2"
     for library in libraries.split():
         try:
             content[library] = version(library)
@@ -292,7 +315,7 @@ def _pairs(arguments: list[str]) -> dict[str, Path]:
     for argument in arguments:
         name, sign, path = argument.partition("=")
         if not sign or not name or not path:
-            raise UserError(f"{argument!r}: wanted modality=file, for example rgb=a.jpg depth=a.png")
+            raise UserError(f"{argument!r}: wanted name=file, for example rgb=a.jpg depth=a.png")
         if name in pairs:
             raise UserError(f"{argument!r}: {name} is given twice")
         pairs[name] = Path(path)
@@ -303,26 +326,43 @@ def _json(content: Any) -> None:
     typer.echo(json.dumps(content, indent=1))
 
 
+def _check_options(run: Path, task: str, per_class: bool, multi_scale: bool) -> None:
+    if per_class and task == "translation":
+        raise UserError(f"--per-class: {run} is a translation, which has no classes; leave it out")
+    if multi_scale and task != "segmentation":
+        raise UserError(f"--multi-scale: {run} is a run of {task}; only segmentation is judged at several scales")
+
+
 def _print_figures(metrics: dict[str, Any]) -> None:
     from tokenfusion.report import metric
+    from tokenfusion.report.rows import rows_of
 
     streams, target = metrics["streams"], f", target {metrics['target']}" if metrics.get("target") else ""
-    title = f"{metrics['dataset']} {metrics['split']}, {metrics['images']} images, step {metrics['step']}{target}"
+    rows = rows_of(metrics.get("task", ""))
+    title = (
+        f"{metrics['dataset']} {metrics['split']}, {metrics['images']} {rows.judged}s, step {metrics['step']}{target}"
+    )
     columns = metric.names([streams], metrics["primary"])
-    first = Column("stream", overflow="fold")
+    first = Column(rows.noun, overflow="fold", min_width=10)
     table = Table(first, *map(metric.heading, columns), title=title, caption=metrics["protocol"])
     for stream, figures in streams.items():
         values = [metric.number(figures.get(name), name, least=2) for name in columns]
-        table.add_row(stream, *values, style="bold" if stream == "ensemble" else None)
+        table.add_row(stream, *values, style="bold" if stream == rows.leader else None)
     out_console.print(table)
 
 
 def _print_classes(metrics: dict[str, Any]) -> None:
-    streams = metrics["per_class"]
-    table = Table("class", *streams, title="IoU per class")
+    """The IoU of every stream, or all figures of a detector's last head."""
+    from tokenfusion.report import metric
+
+    tables = metrics["per_class"]
+    columns = {stream: ("iou", table["iou"]) for stream, table in tables.items() if "iou" in table}
+    title = "IoU per class" if columns else f"per class, {' '.join(tables)} head"
+    if not columns:
+        columns = {metric.heading(kind): (kind, table[kind]) for table in tables.values() for kind in table}
+    table = Table("class", *columns, title=title)
     for index, name in enumerate(metrics["classes"]):
-        values = [streams[s]["iou"][index] for s in streams]
-        table.add_row(name, *("-" if v is None else f"{v:.2f}" for v in values))
+        table.add_row(name, *(metric.number(column[index], kind, least=2) for kind, column in columns.values()))
     out_console.print(table)
 
 

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from tokenfusion.api import task_package
-from tokenfusion.components import TARGET
+from tokenfusion.data.scenes import IMAGE, SceneBatch
+from tokenfusion.data.truth import SceneTruth
 from tokenfusion.errors import UserError, require
-from tokenfusion.recipe import read_recipe
+from tokenfusion.recipe import fusers, read_recipe
 from tokenfusion.tasks.translation.losses import patch_bce
 from tokenfusion.train import Engine, Optimizers, train_step
 
-NO_FUSION = {TARGET: "tokenfusion.fusion.NoFusion"}
 PEER = "transformers"
 STEP, RELEASED_STEP = "training step", "released schedule"
-SIZES = {"segmentation": (480, 640), "translation": (256, 256)}  # rows, columns where the caller names none
+SIZES = {"segmentation": (480, 640), "translation": (256, 256)}  # rows, columns where nobody names them
+CLASSES, BOXES = 10, 8  # of a detector whose recipe does not say, and in each of its scenes
 
 
 class Contestant(NamedTuple):
@@ -40,6 +41,8 @@ def race(task: str) -> Race:
     """The contestants of a task; transformers only where it is installed."""
     if task == "translation":
         return Race(("fused", "unfused", "fused bf16"), (STEP, RELEASED_STEP), (STEP, RELEASED_STEP))
+    if task == "detection3d":
+        return Race(("fused", "unfused", "fused bf16"), ("fused", "unfused"), ())
     peer = (PEER,) if _has_peer() else ()
     return Race(("fused", "unfused", *peer, "fused bf16"), ("fused", *peer), ())
 
@@ -51,9 +54,11 @@ def contestant(
     recipe = read_recipe(recipe_name, overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    inputs = {m: torch.randn(batch, 3, *size, device=device) for m in recipe.data.modalities}
     if name == "unfused":
-        recipe = recipe.model_copy(update={"fuser": NO_FUSION})  # type: ignore[attr-defined]
+        recipe = recipe.model_copy(update={"fuser": fusers(recipe.task)["none"]})  # type: ignore[attr-defined]
+    if recipe.task == "detection3d":
+        return _detection(recipe, name, size, batch, training, device)
+    inputs = {m: torch.randn(batch, 3, *size, device=device) for m in recipe.data.modalities}
     make = _translation if recipe.task == "translation" else _segmentation
     return make(recipe, name, inputs, training, device)
 
@@ -117,6 +122,45 @@ def _translation(recipe: Any, name: str, inputs: dict[str, Tensor], training: bo
     if name == RELEASED_STEP:
         return Contestant(task, lambda: _released_schedule(task, batch, optimizers.optimizers))
     return Contestant(task, lambda: train_step(task, engine, optimizers, [batch], None, False))
+
+
+def _detection(
+    recipe: Any, name: str, size: tuple[int, int], batch: int, training: bool, device: torch.device
+) -> Contestant:
+    """Drawn points before a camera; what is searched for in a cloud comes along, as from a loader.
+
+    bf16 is autocast, as in training: coordinates keep their digits.
+    """
+    package, means = task_package(recipe.task), recipe.model.points.get("mean_sizes")
+    classes = CLASSES if means is None else len(means)
+    model = package.build_model(recipe, classes).to(device).train(training)
+    with device:
+        scenes = _scenes(recipe.data, size, batch, classes)
+    scenes = scenes._replace(index=model.points.indexer()(scenes.points))
+    if training:
+        task = package.DetectionTask(model, recipe)
+        return Contestant(model, lambda: sum(task.losses(scenes, task(scenes), "model").values()).backward())
+
+    def step() -> object:
+        with torch.autocast(device.type, torch.bfloat16, enabled=name == "fused bf16"):
+            return model(scenes.points, scenes.images, scenes.projection, scenes.index)
+
+    return Contestant(model, step)
+
+
+def _scenes(data: Any, size: tuple[int, int], batch: int, classes: int) -> SceneBatch:
+    """Points in a room of 4 x 4 x 2.5 m, boxes around some of them, images from a camera at its door."""
+    points = (torch.rand(batch, data.points, 3) - torch.tensor([0.5, -0.25, 0.5])) * torch.tensor([4, 4, 2.5])
+    boxes = torch.cat([points[:, :BOXES], torch.ones(batch, BOXES, 3), torch.zeros(batch, BOXES, 1)], -1)
+    labels, owner = torch.randint(classes, (batch, BOXES)), torch.randint(-1, BOXES, (batch, data.points))
+    views = data.views if IMAGE in data.modalities else 0
+    shown, there = torch.rand(batch, views, BOXES, 4), torch.ones(batch, views, BOXES, dtype=torch.bool)
+    truth = SceneTruth(boxes, labels, torch.ones_like(labels, dtype=torch.bool), owner, shown, there)
+    if not views:
+        return SceneBatch([""] * batch, points, None, None, None, truth)
+    (rows, columns), images = size, torch.randn(batch, views, 3, *size)
+    camera = torch.tensor([[columns, columns / 2, 0, 0], [0, rows / 2, -columns, 0], [0, 1.0, 0, 0]])
+    return SceneBatch([""] * batch, points, None, images, camera.expand(batch, views, 3, 4), truth)
 
 
 def _released_schedule(task: Any, batch: Any, optimizers: dict[str, torch.optim.Optimizer]) -> None:

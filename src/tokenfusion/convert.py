@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from tokenfusion.api import task_package
 from tokenfusion.backbones import mirror
+from tokenfusion.backbones.detection_keys import from_groupfree
 from tokenfusion.backbones.keys import (
     from_hf_segformer,
     from_released_segmentation,
@@ -18,14 +19,17 @@ from tokenfusion.backbones.keys import (
     from_segformer,
 )
 from tokenfusion.backbones.mit import DEPTHS, WIDTHS, mit
-from tokenfusion.backbones.weights import StateDict, load_into, read_checkpoint
+from tokenfusion.backbones.weights import LoadReport, StateDict, load_into, read_checkpoint
+from tokenfusion.backbones.yolos import yolos
+from tokenfusion.backbones.yolos_keys import from_hf_yolos, from_yolos, load_detector, variant_of
 from tokenfusion.data.folder import Folder
 from tokenfusion.errors import UserError, nearest
 from tokenfusion.recipe import read_recipe, validate
 
 SINGLE_MODAL = {"segformer": from_segformer, "hf-segformer": from_hf_segformer}
 FUSED = ("released-segmentation", "released-translation")
-KINDS = (*FUSED, *SINGLE_MODAL)
+IMAGE = {"yolos": from_yolos, "hf-yolos": from_hf_yolos, "deit": None}  # detectors of images; DeiT starts one
+KINDS = (*FUSED, "groupfree", *SINGLE_MODAL, *IMAGE)
 
 
 def convert(
@@ -36,15 +40,15 @@ def convert(
     modalities: tuple[str, ...] = ("rgb", "depth"),
     target: str = "rgb",
 ) -> str:
-    """Write a foreign checkpoint as a run folder (fused) or as ``model.safetensors`` (single-modal).
+    """Write a foreign checkpoint as a run folder (a whole model) or as ``model.safetensors`` (a network to start from).
 
     Args:
         file: ``.pth``, ``.pth.tar``, ``.bin``, ``.safetensors`` or a folder that holds one.
-        kind: ``released-segmentation``, ``released-translation`` (the generator's file), ``segformer`` (original
-            mit_b*.pth) or ``hf-segformer``.
+        kind: ``released-segmentation``, ``released-translation`` (the generator's file), ``groupfree`` (a detector of
+            points), ``segformer`` (original mit_b*.pth), ``hf-segformer``, ``yolos``, ``hf-yolos`` or ``deit``.
         out: new folder. A run folder goes to ``eval``, ``predict`` and :func:`tokenfusion.load`; single-modal weights are
-            what a recipe's ``model.weights`` names.
-        dataset: for fused checkpoints: a data set folder or dataset.yaml that says how files are read and names the classes.
+            what a recipe's ``model.weights`` (``model.image_weights``) names.
+        dataset: for whole models: a data set folder or dataset.yaml that says how files are read and names the classes.
         modalities: names of the streams, in the file's order.
         target: for translation: the modality that is generated.
 
@@ -59,11 +63,15 @@ def convert(
     source, names = read_checkpoint(file), tuple(name.strip() for name in modalities)
     if kind in SINGLE_MODAL:
         return _single(SINGLE_MODAL[kind](source), str(file), out)
-    rename = from_released_segmentation if kind == "released-segmentation" else from_released_translation
+    whole = {"released-segmentation": from_released_segmentation, "released-translation": from_released_translation}
     try:
-        tensors = rename(source)
+        if kind in IMAGE:
+            return _image(source, kind, str(file), out)
+        tensors = whole.get(kind, from_groupfree)(source)
     except UserError as error:
-        raise UserError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {str(error).removeprefix(f'{file}: ')}") from None
+    if kind == "groupfree":
+        return _groupfree(tensors, str(file), out, dataset)
     if kind == "released-segmentation":
         return _segmentation(tensors, str(file), out, dataset, names)
     return _translation(tensors, str(file), out, dataset, names, target)
@@ -88,12 +96,32 @@ def _single(tensors: StateDict, file: str, out: Path) -> str:
         raise UserError(f"{file}: holds no MiT in the layout asked for; its first key is {next(iter(tensors))!r}")
     variant = _variant(_depths(tensors), tensors[name].shape[0], file)
     network = mit(variant)
-    account = load_into(network, tensors).summary(file)
+    account = load_into(network, tensors)
+    _write_weights(network.state_dict(), out)
+    return f"MiT-{variant.upper()}; {account.summary(file)}\nwritten: {out} (use it as model.weights={out})"
+
+
+def _write_weights(tensors: StateDict, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     part = out / ".model.safetensors.partial"
-    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, part)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, part)
     os.replace(part, out / "model.safetensors")
-    return f"MiT-{variant.upper()}; {account}\nwritten: {out} (use it as model.weights={out})"
+
+
+def _image(source: StateDict, kind: str, file: str, out: Path) -> str:
+    """YOLOS whole; of a DeiT what a YOLOS of its size starts from, its positions resampled."""
+    rename = IMAGE[kind]
+    if rename is None:
+        _size(source, "patch_embed.proj.weight", file)
+    ours = {f"vit.{key}": value for key, value in source.items()} if rename is None else rename(source)
+    variant = variant_of(ours)
+    classes = ours["class_head.4.bias"].shape[0] - 1 if "class_head.4.bias" in ours else 91
+    detections = ours["det_token"].shape[1] if "det_token" in ours else 100
+    network = yolos(variant, classes, detections)
+    account: LoadReport = load_detector(network, source if rename is None else ours)
+    state = network.state_dict()
+    _write_weights({name: state[name] for name in (*account.loaded, *account.copied)}, out)
+    return f"YOLOS {variant}; {account.summary(file)}\nwritten: {out} (use it as model.image_weights={out})"
 
 
 FIRST = "backbone.backbone.stages.0.embed.proj.weight"
@@ -138,6 +166,34 @@ def _translation(
         content["model"][part] |= {"variant": variant}
     _save(content, folder, tensors, file, out)
     return f"TokenFusion translation, {variant}, {', '.join(modalities)} -> {target}\nwritten: {out}"
+
+
+def _groupfree(tensors: StateDict, file: str, out: Path, dataset: str | Path | None) -> str:
+    """The file does not say how many proposals it was trained with: as published, 512 for twelve layers of double width."""
+    classes = _size(tensors, "heads.0.classify.weight", file)[0]
+    wide, channels = _size(tensors, "backbone.down.0.layers.0.linear.weight", file)
+    _size(tensors, "decoder.0.fc1.weight", file)
+    layers = 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("decoder."))
+    width, agnostic = wide / 64, "heads.0.size.weight" in tensors
+    proposals = 512 if layers == 12 and width == 2 else 256
+    if channels != 3:
+        raise UserError(f"{file}: takes points of {channels} channels; recipes know x y z alone")
+    if dataset is None:
+        raise UserError(f"{file}: has {classes} classes; say with --dataset how they are called and how files are read")
+    folder = Folder(dataset)
+    if len(folder.scene.classes) != classes:
+        raise UserError(f"{folder.file}: scene names {len(folder.scene.classes)} classes, {file} has {classes}")
+    content = _content("sunrgbd-l6-o256" if agnostic else "scannet-l6-o256", file, dataset, ("points",))
+    content["model"]["points"] |= {"layers": layers, "proposals": proposals, "width": int(width)}
+    content["model"]["points"] |= {"heading_bins": _size(tensors, "heads.0.heading_class.weight", file)[0]}
+    if agnostic:  # as the published ones were trained
+        content["loss"]["points"] |= {"gt_size": "groupfree"}
+    if not agnostic and len(content["model"]["points"]["mean_sizes"]) != classes:
+        raise UserError(
+            f"{file}: sizes are relative to the means of {classes} classes, which only ScanNet's 18 have here"
+        )
+    _save(content, folder, {f"points.{name}": value for name, value in tensors.items()}, file, out)
+    return f"Group-Free L{layers} O{proposals}, width {width:g}, {classes} classes\nwritten: {out}"
 
 
 def _size(tensors: StateDict, name: str, file: str) -> tuple[int, ...]:

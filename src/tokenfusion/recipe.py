@@ -15,6 +15,7 @@ from tokenfusion.components import TARGET, explain, maker
 from tokenfusion.errors import UserError, nearest
 
 SHIPPED = Path(__file__).parent / "recipes"
+DEFAULT_TASK = "segmentation"  # of a recipe that names none
 
 # one word on the command line: fuser=concat
 FUSERS: dict[str, dict[str, Any]] = {
@@ -77,7 +78,7 @@ def _overridden(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
             parsed = yaml.load(value, _Loader)
         except yaml.YAMLError:
             raise UserError(f"{override!r}: {value!r} is not YAML") from None
-        content = _merge(content, _nested(key.split("."), parsed))
+        content = _merge(content, _nested(key.split("."), parsed), _task(content))
     return content
 
 
@@ -96,11 +97,11 @@ def find(name: str) -> Path:
 def validate(content: Mapping[str, Any], source: str) -> Recipe:
     """Check every key and value; short fuser names are spelt out."""
     content = dict(content)
-    task = content.setdefault("task", "segmentation")
+    task = content.setdefault("task", DEFAULT_TASK)
     if not isinstance(task, str) or task not in TASKS:
         raise UserError(f"{source}: task is {task!r}; {nearest(str(task), TASKS)}")
-    content["fuser"] = _fuser(content.get("fuser"), source)
     package = task_package(task)
+    content["fuser"] = _fuser(content.get("fuser"), task, source)
     schema: type[BaseModel] = package.Recipe
     try:
         recipe = schema.model_validate(content)
@@ -110,6 +111,8 @@ def validate(content: Mapping[str, Any], source: str) -> Recipe:
         spec: Any = recipe
         for part in key.split("."):
             spec = getattr(spec, part)
+        if spec is None:  # a part that this recipe goes without
+            continue
         if str(spec.get(TARGET, "tokenfusion.")).startswith(
             "tokenfusion."
         ):  # others are checked where --trust is known
@@ -117,12 +120,18 @@ def validate(content: Mapping[str, Any], source: str) -> Recipe:
     return recipe  # type: ignore[return-value]
 
 
-def _fuser(value: Any, source: str) -> Any:
+def fusers(task: str) -> dict[str, dict[str, Any]]:
+    """The words for fusers in recipes of a task; streams of different kinds have their own."""
+    return getattr(task_package(task), "FUSERS", FUSERS)
+
+
+def _fuser(value: Any, task: str, source: str) -> Any:
     if not isinstance(value, str):
         return value
-    if value not in FUSERS:
-        raise UserError(f"{source}: fuser is {value!r}; {nearest(value, FUSERS)}")
-    return FUSERS[value]
+    known = fusers(task)
+    if value not in known:
+        raise UserError(f"{source}: fuser is {value!r}; {nearest(value, known)}")
+    return known[value]
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -143,7 +152,13 @@ def _with_base(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in seen:
         raise UserError(f"{path}: base leads back to itself")
     beside = path.parent / str(base)
-    return _merge(_with_base(beside if beside.is_file() else find(str(base)), (*seen, path)), content)
+    below = _with_base(beside if beside.is_file() else find(str(base)), (*seen, path))
+    return _merge(below, content, _task(below))
+
+
+def _task(content: Mapping[str, Any]) -> str:
+    task = content.get("task")
+    return task if isinstance(task, str) and task in TASKS else DEFAULT_TASK
 
 
 def _nested(keys: list[str], value: Any) -> dict[str, Any]:
@@ -152,12 +167,12 @@ def _nested(keys: list[str], value: Any) -> dict[str, Any]:
     return value
 
 
-def _merge(old: Any, new: Any, key: str = "") -> Any:
+def _merge(old: Any, new: Any, task: str, key: str = "") -> Any:
     """``new`` over ``old``: sections merge key by key; another component or fuser name replaces the old one whole."""
     if key == "fuser" and isinstance(old, str) and isinstance(new, Mapping) and TARGET not in new:
-        old = _fuser(old, "recipe")  # fuser.threshold=0.1 on a recipe that names its fuser by one word
+        old = fusers(task).get(old, old)  # fuser.threshold=0.1 on a recipe that names its fuser by one word
     if not isinstance(old, Mapping) or not isinstance(new, Mapping):
         return new
     if TARGET in new and new[TARGET] != old.get(TARGET):
         return dict(new)
-    return {**old, **{k: _merge(old[k], v, k) if k in old else v for k, v in new.items()}}
+    return {**old, **{k: _merge(old[k], v, task, k) if k in old else v for k, v in new.items()}}

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 from tokenfusion.api import Recipe, recipe_of
 from tokenfusion.errors import UserError
-from tokenfusion.recipe import FUSERS, read_recipe
+from tokenfusion.recipe import fusers, read_recipe
 from tokenfusion.report import metric, write_comparison, write_report
+from tokenfusion.report.rows import ENSEMBLE, rows_of
 
-ENSEMBLE = "ensemble"
+DETECTION = "detection3d"  # its streams do not work alone: points find boxes, and images help them
 
 
 class Shared(NamedTuple):
@@ -33,10 +34,11 @@ class Shared(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A place of the table: one stream of the runs of one variant."""
+    """A place of the table: a figure of one stream (or head) of the runs of one variant."""
 
     variant: str
     stream: str
+    figure: str = ""  # the one that ranks
 
 
 Variants = dict[str, tuple[str, ...]]  # title -> overrides of the shared recipe
@@ -46,6 +48,8 @@ Runs = Mapping[str, list[Path]]  # title of a variant -> its run folders, one pe
 
 def methods(recipe: str, overrides: Sequence[str], seeds: int, out: Path, jobs: int = 1) -> str:
     """Every modality alone, late ensemble, concat and TokenFusion, with the same data, steps and seeds.
+
+    3D detection: points alone, both networks without exchange, concat, random exchange and TokenFusion.
 
     Args:
         recipe, overrides: what all runs share.
@@ -60,7 +64,10 @@ def methods(recipe: str, overrides: Sequence[str], seeds: int, out: Path, jobs: 
         UserError: where a run fails; its log is named. The others are finished first.
     """
     shared = Shared("methods", recipe, overrides, seeds, out)
-    names = _shared_recipe(shared, ("fuser", "seed")).data.modalities
+    common = _shared_recipe(shared, ("fuser", "seed"))
+    if common.task == DETECTION:
+        return _carry_out(shared, "method", DETECTORS, _detection_rows(common), jobs)
+    names = common.data.modalities
     variants = _alone(names) | {"late ensemble": ("fuser=none",), "concat": ("fuser=concat",), "TokenFusion": ()}
     streams = (*names, ENSEMBLE)
     rows = {title: {stream: Cell(title, stream) for stream in streams} for title in variants}
@@ -74,8 +81,12 @@ def modalities(recipe: str, overrides: Sequence[str], seeds: int, out: Path, job
     """
     shared = Shared("modalities", recipe, overrides, seeds, out)
     common = _shared_recipe(shared, ("seed",))
+    if common.task == DETECTION:
+        raise UserError(
+            f"{recipe}: images alone find no 3D boxes, so there is nothing to line up; study methods instead"
+        )
     names = common.data.modalities
-    if common.fuser == FUSERS["none"]:
+    if common.fuser == fusers(common.task)["none"]:
         raise UserError(
             f"{recipe}: fuser is none, which this study sets beside the recipe's; choose another, fuser=..."
         )
@@ -103,6 +114,22 @@ def _shared_recipe(shared: Shared, varied: tuple[str, ...]) -> Recipe:
 
 def _alone(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return {f"{name} only": (f"data.modalities=[{name}]", "fuser=none") for name in names}
+
+
+DETECTORS: Variants = {
+    "points only": ("data.modalities=[points]", "fuser=none"),
+    "no exchange": ("fuser=none",),
+    "concat": ("fuser=concat",),
+    "random": ("fuser=random",),
+    "TokenFusion": (),
+}
+
+
+def _detection_rows(recipe: Any) -> Rows:
+    """The last head's mean AP at every threshold."""
+    found = [f"map{100 * threshold:g}" for threshold in recipe.evaluation.thresholds]
+    leader = rows_of(DETECTION).leader
+    return {title: {metric.heading(name): Cell(title, leader, name) for name in found} for title in DETECTORS}
 
 
 def _carry_out(shared: Shared, head: str, variants: Variants, rows: Rows, jobs: int) -> str:
@@ -171,8 +198,8 @@ def _primary(metrics: Mapping[str, Any]) -> str:
 
 
 def _outcome(metrics: Mapping[str, Any]) -> str:
-    primary = _primary(metrics)
-    return f"ensemble {metric.label(primary)} {metric.number(metrics['streams'][ENSEMBLE][primary], primary)}"
+    primary, leader = _primary(metrics), rows_of(metrics.get("task", "")).leader
+    return f"{leader} {metric.label(primary)} {metric.number(metrics['streams'][leader][primary], primary)}"
 
 
 def _pages(runs: list[Path], fused: Path, out: Path) -> str:
@@ -184,16 +211,17 @@ def _pages(runs: list[Path], fused: Path, out: Path) -> str:
 
 
 def _table(shared: Shared, head: str, rows: Rows, runs: Runs) -> str:
-    """The primary metric, mean and standard deviation over the seeds."""
+    """The figures of the cells, mean and standard deviation over the seeds."""
     _check_judged_alike([run for found in runs.values() for run in found])
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     metrics = _figures(next(iter(runs.values()))[0])
-    primary = _primary(metrics)
+    primary, judged = _primary(metrics), rows_of(metrics.get("task", "")).judged
     of_target = f" of {metrics['target']}" if metrics.get("target") else ""
     lower = " (lower is better)" if metric.lower_is_better(primary) else ""
+    what = "Mean AP" if any(cell.figure for row in rows.values() for cell in row.values()) else metric.label(primary)
     lines = [
-        f"{metric.label(primary)}{of_target}{lower} on {metrics['dataset']} {metrics['split']} ({metrics['images']} "
-        f"images), {metrics['step']} steps, {shared.seeds} "
+        f"{what}{of_target}{lower} on {metrics['dataset']} {metrics['split']} ({metrics['images']} "
+        f"{judged}s), {metrics['step']} steps, {shared.seeds} "
         f"seed{'s: mean ± standard deviation' if shared.seeds > 1 else ''}; {metrics['protocol']}",
         "",
         f"| {head} | " + " | ".join(columns) + " |",
@@ -219,12 +247,13 @@ def _check_judged_alike(runs: Sequence[Path]) -> None:
 
 def _cell(cell: Cell, runs: Runs, primary: str) -> str:
     """Mean and standard deviation of one stream's figure over the seeds; empty where the runs lack the stream."""
-    found = [_figures(run)["streams"].get(cell.stream, {}).get(primary) for run in runs[cell.variant]]
+    figure = cell.figure or primary
+    found = [_figures(run)["streams"].get(cell.stream, {}).get(figure) for run in runs[cell.variant]]
     values = list(metric.finite(dict(enumerate(found))).values())
     if not values:
         return ""
-    spread = f" ± {metric.number(statistics.stdev(values), primary)}" if len(values) > 1 else ""
-    return metric.number(statistics.mean(values), primary) + spread
+    spread = f" ± {metric.number(statistics.stdev(values), figure)}" if len(values) > 1 else ""
+    return metric.number(statistics.mean(values), figure) + spread
 
 
 STUDIES: dict[str, Callable[[str, Sequence[str], int, Path, int], str]] = {"methods": methods, "modalities": modalities}

@@ -12,9 +12,11 @@ import torch
 import yaml
 from PIL import Image
 
-from tokenfusion.data.folder import IGNORE, Folder, default_palette
+from tokenfusion.data.description import IGNORE, default_palette
+from tokenfusion.data.folder import Folder
 from tokenfusion.errors import UserError
 
+SCENE = {"points": "points/{id}.npy", "boxes": "boxes/{id}.json", "classes": ["bed", "sofa"]}
 EXAMPLE = Path(__file__).parents[2] / "examples" / "nyuv2"
 LABEL = np.array([[0, 1, 2, 3], [1, 2, 3, 255]], dtype=np.uint8)  # 0 = unlabelled, 1..3 = classes
 
@@ -123,6 +125,14 @@ def test_root_may_lie_elsewhere_and_hold_variables(tmp_path: Path, monkeypatch: 
         ({"splits": {"train": {"of": "train.txt", "witout": "val.txt"}}}, "did you mean 'without'"),
         ({"crop": [0, 0, 0, 4]}, "crop"),
         ({"crop": "all"}, "crop"),
+        ({"scene": SCENE | {"point": "p/{id}.npy"}}, "unknown key 'scene.point'; did you mean 'points'"),
+        ({"scene": {"boxes": "b/{id}.json"}}, "'scene.points' is missing"),
+        ({"scene": {"points": "p.npy"}}, "scene.points is 'p.npy'; it must hold {id}"),
+        ({"scene": SCENE | {"boxes": "b/{id}/{view}.json"}}, "scene.boxes is"),
+        ({"scene": SCENE | {"classes": []}}, "scene.classes: is missing"),
+        ({"scene": SCENE | {"classes": ["bed", "sofa", "bed"]}}, "scene.classes: 'bed' stands there twice"),
+        ({"scene": {"points": "p/{id}.npy", "instance": "i/{id}.npy"}}, "scene.boxes: is missing"),
+        ({"scene": SCENE, "crop": [0, 1, 0, 2]}, "crop: cannot go together with scene"),
         ({"root": "nowhere"}, "root"),
     ],
 )
@@ -132,6 +142,20 @@ def test_a_wrong_key_is_one_line_with_file_and_advice(tmp_path: Path, changes: d
     assert str(tmp_path / "dataset.yaml") in str(caught.value)
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_scenes_may_come_without_images(tmp_path: Path) -> None:
+    (tmp_path / "points").mkdir()
+    np.save(tmp_path / "points/a.npy", np.ones((3, 6), np.float32))
+    folder = write(tmp_path, modalities={}, target=None, scene=SCENE)
+    assert folder.scene.classes == ("bed", "sofa")
+    assert folder.read_cloud("a").points.tolist() == [[1.0] * 6] * 3
+    assert folder.read_cloud("a").box is None
+    assert folder.scene_path("a", "boxes") == tmp_path / "boxes/a.json"
+    with pytest.raises(UserError, match=r"dataset\.yaml: has no scene\.camera; add its file pattern"):
+        folder.read_views("a")
+    with pytest.raises(UserError, match=r"dataset\.yaml: has no scene; add"):
+        _ = write(tmp_path).scene
 
 
 @pytest.mark.parametrize("content", ["a: [", "- 1", "", "name: x\n", "a: b: c"])

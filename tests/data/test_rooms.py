@@ -227,6 +227,26 @@ def test_prepare_writes_a_folder_that_reads_back(tmp_path: Path) -> None:
     assert [box["class"] for box in boxes] == [folder.classes[k] for k in room.box_class]
     flat = [[*box["center"], *box["size"], box["yaw_rad"]] for box in boxes]
     np.testing.assert_allclose(np.array(flat).reshape(-1, 7), room.boxes, rtol=1e-6)
+    for row, box in enumerate(boxes):  # box2d: the pixels of the thing touch all four sides and none lies outside
+        x1, y1, x2, y2 = (round(edge + 0.5) for edge in box["box2d"])
+        mine = room.instance == row + 1
+        assert mine[y1:y2, x1:x2].sum() == mine.sum()
+        assert mine[y1:y2, x1:x2][[0, -1]].any(1).all()
+        assert mine[y1:y2, x1:x2][:, [0, -1]].any(0).all()
+
+
+def test_the_scene_names_exactly_the_classes_that_have_boxes(frames: list[Room], tmp_path: Path) -> None:
+    preparation.prepare(tmp_path / "rooms", train=1, val=1, height=48, width=64, progress=False)
+    folder = Folder(tmp_path / "rooms")
+    found = {NAMES[label] for room in frames for label in room.box_class}
+    assert set(folder.scene.classes) == found
+    assert len(found) == 9
+    name, room = folder.ids("train")[0], render(0, 48, 64)
+    np.testing.assert_array_equal(folder.read_cloud(name).points, room.points_xyzrgb)
+    np.testing.assert_allclose(folder.read_boxes(name).boxes, room.boxes, rtol=1e-6)
+    (view,) = folder.read_views(name)
+    assert view.image == folder.image_path(name, "rgb")
+    np.testing.assert_allclose(view.pose, room.pose, rtol=1e-6)
 
 
 def test_prepare_is_repeatable(tmp_path: Path) -> None:

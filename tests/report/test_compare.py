@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from report.fake import Page, damage, fake_run
+from report.fake_detection import fake_detection
 from report.fake_translation import fake_translation
 
 from tokenfusion.errors import UserError
@@ -52,6 +53,23 @@ def test_translations_are_ranked_downwards_and_collapsed_ones_not_at_all(tmp_pat
     assert text.count("best ensemble") == 1
     assert "Run Stream MAE MSE Mean angle, ° Contrast Diversity" in text
     assert "different" not in text
+
+
+def test_detectors_are_ranked_by_their_last_head(tmp_path: Path) -> None:
+    runs = [
+        fake_detection(tmp_path / "points", images=False, fuser="none", samples=0, points=8),
+        fake_detection(tmp_path / "fused", samples=0, points=8),
+    ]
+    evaluation = json.loads((runs[0] / "metrics.json").read_text())
+    evaluation["streams"]["last"]["map25"], evaluation["streams"]["0head"]["map25"] = 33.0, 99.0
+    damage(runs[0] / "metrics.json", json.dumps(evaluation))
+    page = Page(write_comparison(runs, tmp_path))
+    assert "Run last Fuser Modalities Seed Step Parameters points 33.0 NoExchange points" in page.text
+    assert "fused best last head 42.0 TokenExchange (threshold 0.5) points + rgb" in page.text
+    assert "Run Head mAP@0.25, %" in page.text
+    assert page.captions == ["mAP@0.25 of the last head on the validation split"] * len(page.captions) != []
+    assert "ensemble" not in page.text
+    assert "stream" not in page.text.lower()
 
 
 def test_runs_that_make_different_things_have_no_best(tmp_path: Path) -> None:

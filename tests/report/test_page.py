@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from report.fake import Page, damage, fake_run
+from report.fake_detection import COLOURS, HEADS, fake_detection
 from report.fake_translation import fake_translation
 
 from tokenfusion.errors import UserError
@@ -106,6 +107,67 @@ def test_translation_shows_a_loss_chart_for_each_phase(translation: Path) -> Non
     assert "Loss by term" not in page.captions
     assert sum(caption.startswith(("enc", "dec")) for caption in page.captions) == 2 * 18
     assert "how far the colours shown differ, mean over the channels" in page.text
+
+
+@pytest.fixture(scope="module")
+def detection(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of a whole detection run, written once; only read it."""
+    return write_report(fake_detection(tmp_path_factory.mktemp("detection") / "run", points=8))
+
+
+def test_detection_is_ranked_by_its_last_head(detection: Path) -> None:
+    page = Page(detection)
+    assert "42.0 % mAP@0.25 of the last head" in page.text.replace("\N{THIN SPACE}", " ")
+    assert "Head mAP@0.25, % mAP@0.50, % AR@0.25, % AR@0.50, %" in page.text
+    for at, head in enumerate(HEADS):
+        assert f"{head} {40 + at}.0 {20 + at}.0 {80 + at}.0 {50 + at}.0" in page.text
+    assert page.html.count('<tr class="strong"><th scope="row">last</th>') == page.html.count('class="strong"') == 1
+    assert "val · 100 scenes" in page.text
+    assert "true sizes, batch 1, fp32; trained with exact sizes" in page.text
+
+
+def test_detection_page_has_no_word_of_other_tasks(detection: Path) -> None:
+    text = Page(detection).text.lower()
+    for word in ("segment", "ensemble", "miou", "iou by class", "stream", "errors", "kept", "pixel"):
+        assert word not in text.replace("every box that was kept", ""), word
+
+
+def test_detection_shows_curves_boxes_and_what_was_exchanged(detection: Path) -> None:
+    page = Page(detection)
+    losses = [
+        "mAP@0.25 by head, validation",
+        "Image loss by term",
+        "Points loss by term",
+        "Sparsity, and the whole loss",
+    ]
+    assert [caption for caption in page.captions if "loss" in caption or "head" in caption] == losses
+    assert {"At the end, in percent", "points, over training", "from above", "in the image"} <= set(page.captions)
+    assert "orange points are those whose token came from the image" in page.text
+    assert "those below 0.3 are not drawn" in page.text
+    assert "Likewise" not in page.text
+    assert "gallery" in page.html.split("<h2>Samples")[1]  # pictures as wide as half of the page
+    assert "Class AP@0.25, % Recall@0.25, % AP@0.50, % Recall@0.50, %" in page.text
+    assert page.text.index("table 70.0 85.0 30.0 60.0") < page.text.index("sofa 10.0 55.0 5.0 45.0")
+    assert "lamp – – – –" in page.text
+    assert all("#" + bytes(colour).hex() in page.html for colour in COLOURS)
+
+
+@pytest.mark.parametrize(("images", "fuser", "said"), [
+    (False, "none", "a single stream, so there is nothing to exchange"),
+    (True, "none", "its fuser substitutes no tokens"),
+    (True, "concat", "This fuser scores no tokens, so no points are marked"),
+])  # fmt: skip
+def test_detection_without_exchange_says_so(tmp_path: Path, images: bool, fuser: str, said: str) -> None:
+    text = Page(write_report(fake_detection(tmp_path / "run", images, fuser, points=0))).text
+    assert said in text
+    assert "orange" not in text
+    assert "no points are marked" not in text or images
+
+
+def test_detection_of_both_directions_has_a_column_for_each(tmp_path: Path) -> None:
+    page = Page(write_report(fake_detection(tmp_path / "run", both=True, samples=0, points=2)))
+    assert {"points, over training", "rgb, over training"} <= set(page.captions)
+    assert "Likewise the images' patches take in" in page.text
 
 
 def test_streams_keep_their_colours_in_the_losses_of_a_phase() -> None:

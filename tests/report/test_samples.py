@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from report.fake import fake_run
+from report.fake_detection import fake_detection
 from report.fake_translation import fake_translation
 
 from tokenfusion.errors import UserError
@@ -142,6 +143,22 @@ def test_small_pictures_are_crisp_and_their_maps_are_enlarged(run: Run, tmp_path
     assert Image.open(io.BytesIO(found["streams"][0][1][0].pictures[0].data)).size == (256, 192)
     large = sample(read_run(fake_run(tmp_path / "large", size=(200, 260), points=0)), "0000")
     assert not any(item.crisp for item in large["pictures"])
+
+
+def test_finished_pictures_keep_their_size_and_sharp_lines(tmp_path: Path) -> None:
+    run = read_run(fake_detection(tmp_path / "run", points=0))
+    found = sample(run, "0000")
+    assert captions(found) == ["from above", "in the image"]
+    assert (found["grid"], found["legend"], found["streams"]) == ("gallery", [], [])
+    for picture in found["pictures"]:
+        assert Image.open(io.BytesIO(picture.data)).size == (640, 480)
+    with np.load(tmp_path / "run" / "samples" / "0000.npz") as drawn:
+        plan = np.asarray(Image.open(io.BytesIO(found["pictures"][0].data)))
+        np.testing.assert_array_equal(plan, drawn["picture/from above"])  # flat colours: without loss
+        assert found["pictures"][1].data.startswith(b"\xff\xd8")  # a photograph: far smaller as JPEG
+        change(run, {"picture/in the image": drawn["picture/in the image"][..., 0]})
+    with pytest.raises(UserError, match=r"0000\.npz: .*eval"):
+        sample(run, "0000")
 
 
 def test_sample_without_target_has_no_errors(run: Run) -> None:

@@ -89,7 +89,7 @@ class MixMLP(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         x = self.dwconv(to_map(self.fc1(x), grid))
-        learns = self.training and self.fc2.weight.requires_grad  # frozen, the product keeps no input: nothing to save
+        learns = self.training and next(self.fc2.parameters()).requires_grad  # a frozen product keeps no input
         return recomputed(lambda hidden: self.fc2(F.gelu(hidden)), to_tokens(x), learns)
 
 

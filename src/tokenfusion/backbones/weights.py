@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import re
 import struct
@@ -29,8 +30,9 @@ UNREADABLE = (
     LookupError,
     ValueError,
 )
-# A metric that numpy computed is stored beside the weights of some files: a plain number.
-NUMPY_FIGURES: list[Any] = [
+# What some files hold beside their weights: options, and metrics that numpy computed. Plain values, nothing that runs.
+PLAIN: list[Any] = [
+    argparse.Namespace,  # the options of a Group-Free run
     np.float64(0).__reduce__()[0],
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")),
@@ -81,7 +83,7 @@ def read_checkpoint(path: str | Path) -> StateDict:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
     try:
-        with torch.serialization.safe_globals(NUMPY_FIGURES):
+        with torch.serialization.safe_globals(PLAIN):
             content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except UNREADABLE:
         raise UserError(f"{path}: damaged, or no checkpoint, or one that holds more than tensors and numbers") from None

@@ -5,125 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
 
 import numpy as np
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from torch import Tensor
 
+from tokenfusion.data.cloud import Cloud, read_cloud
+from tokenfusion.data.description import IGNORE, DatasetSpec, SceneSpec, TargetSpec, read_spec
 from tokenfusion.data.image import check_sizes, decode, load_image, read_label
 from tokenfusion.data.modality import ModalitySpec
-from tokenfusion.data.picture import oklch, picture
+from tokenfusion.data.picture import picture
 from tokenfusion.data.prepare.archive import verify_manifest
+from tokenfusion.data.scene import SceneBoxes, View, read_boxes, read_camera
 from tokenfusion.errors import UserError, nearest
-
-IGNORE = 255  # what the loss and the metrics leave out
-
-
-class TargetSpec(BaseModel):
-    """Where the labels are; stored value + offset = class id, except for the values that name no class."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Literal["label"] = "label"
-    files: str
-    ignore: int | None = 255
-    unlabelled: tuple[int, ...] = ()
-    offset: int = 0
-
-    @field_validator("unlabelled", mode="before")
-    @classmethod
-    def _several(cls, value: object) -> object:
-        return [value] if isinstance(value, int) else value
-
-
-class ClassSpec(BaseModel):
-    """One class: a name and, where wanted, its colour in pictures."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    color: tuple[int, int, int] | None = None
-
-    @field_validator("color")
-    @classmethod
-    def _in_range(cls, color: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
-        if color is not None and not all(0 <= value <= 255 for value in color):
-            raise ValueError(f"colour {list(color)} is outside 0..255")
-        return color
-
-
-class SplitSpec(BaseModel):
-    """A list of ids, less the ids of other lists."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    of: str
-    without: tuple[str, ...] = ()
-
-    @field_validator("without", mode="before")
-    @classmethod
-    def _several(cls, value: object) -> object:
-        return [value] if isinstance(value, str) else value
-
-
-class DatasetSpec(BaseModel):
-    """The content of dataset.yaml."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    root: str = "."
-    modalities: dict[str, ModalitySpec]
-    target: TargetSpec | None = None
-    classes: tuple[ClassSpec, ...] = ()
-    splits: dict[str, SplitSpec]
-    crop: tuple[int, int, int, int] | None = None
-
-    @field_validator("classes", mode="before")
-    @classmethod
-    def _names_alone(cls, value: object) -> object:
-        if not isinstance(value, list | tuple):
-            return value
-        return [{"name": entry} if isinstance(entry, str) else entry for entry in value]
-
-    @field_validator("splits", mode="before")
-    @classmethod
-    def _files_alone(cls, value: object) -> object:
-        if not isinstance(value, dict):
-            return value
-        return {name: {"of": split} if isinstance(split, str) else split for name, split in value.items()}
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DatasetSpec:
-        names = [entry.name for entry in self.classes]
-        if not self.modalities:
-            raise ValueError("modalities: is empty; name at least one")
-        patterns = {f"modalities.{name}": entry.files for name, entry in self.modalities.items()}
-        if self.target is not None:
-            patterns["target"] = self.target.files
-        for key, pattern in patterns.items():
-            if "{id}" not in pattern or "{" in pattern.replace("{id}", ""):
-                raise ValueError(f"{key}.files is {pattern!r}; it must hold {{id}}, and no other braces")
-        if self.target is not None and not names:
-            raise ValueError("classes: is missing; a label target needs the names of its classes")
-        if len(set(names)) < len(names):
-            raise ValueError(f"classes: {max(names, key=names.count)!r} stands there twice")
-        if len(names) >= IGNORE:
-            raise ValueError(f"classes: {len(names)} of them; at most {IGNORE - 1} are possible")
-        if self.crop is not None and not (0 <= self.crop[0] < self.crop[1] and 0 <= self.crop[2] < self.crop[3]):
-            raise ValueError(f"crop is {list(self.crop)}; wanted [row0, row1, col0, col1], each pair rising from 0 on")
-        return self
-
-    @property
-    def palette(self) -> np.ndarray:
-        """uint8 [K, 3]: a colour per class, a default one where none is named."""
-        colours = default_palette(len(self.classes))
-        for index, entry in enumerate(self.classes):
-            if entry.color is not None:
-                colours[index] = entry.color
-        return colours
 
 
 class Folder:
@@ -135,7 +28,7 @@ class Folder:
     def __init__(self, path: Path | str) -> None:
         path = Path(path)
         self.file = path / "dataset.yaml" if path.is_dir() else path
-        self.spec = _read_spec(self.file)
+        self.spec: DatasetSpec = read_spec(self.file)
         self.root = _resolve_root(self.file, self.spec.root)
 
     @property
@@ -218,6 +111,39 @@ class Folder:
             )
         return target
 
+    @property
+    def scene(self) -> SceneSpec:
+        """What dataset.yaml says of point clouds, boxes and cameras; a UserError where it says nothing."""
+        if self.spec.scene is None:
+            raise UserError(f"{self.file}: has no scene; add 'scene: {{points: ..., boxes: ..., classes: [...]}}'")
+        return self.spec.scene
+
+    def scene_path(self, id: str, key: str) -> Path:
+        """The file of ``points``, ``boxes``, ``camera`` or ``instance``."""
+        if key not in self.scene.files:
+            raise UserError(f"{self.file}: has no scene.{key}; add its file pattern, for example {key}/{{id}}.json")
+        return self.root / self.scene.files[key].replace("{id}", id)
+
+    def read_cloud(self, id: str) -> Cloud:
+        """Points float32 [P, 3] or [P, 6], and the row of each point's box where ``scene.instance`` tells it."""
+        instance = self.scene_path(id, "instance") if self.scene.instance else None
+        return read_cloud(self.scene_path(id, "points"), instance)
+
+    def read_boxes(self, id: str) -> SceneBoxes:
+        """The boxes of a scene; their classes are those of ``scene.classes``."""
+        path = self.scene_path(id, "boxes")
+        found = read_boxes(path)
+        for name in found.names:
+            if name not in self.scene.classes:
+                known = nearest(name, self.scene.classes)
+                raise UserError(f"{path}: a box has the class {name!r}, which {self.file} does not name; {known}")
+        return found
+
+    def read_views(self, id: str) -> list[View]:
+        """The images of a scene with their cameras: that of ``modalities.rgb``, or those that the camera file lists."""
+        image = self.image_path(id, "rgb") if "rgb" in self.modalities else None
+        return read_camera(self.scene_path(id, "camera"), image, self.root)
+
     def display(self, id: str, modality: str) -> np.ndarray:
         """A picture for people: uint8 [H, W, 3]."""
         return picture(self.read(id, [modality])[modality], self.modalities[modality])
@@ -256,47 +182,6 @@ class Folder:
                 raise UserError(f"{path}: the id {name!r} leaves the data set's folder; ids are plain names")
             seen.add(name)
         return ids
-
-
-def default_palette(count: int) -> np.ndarray:
-    """uint8 [count, 3]: hues a golden angle apart, three lightnesses in turn, so that neighbours differ."""
-    index = np.arange(count)
-    return oklch(np.array([0.68, 0.82, 0.52])[index % 3], np.full(count, 0.12), 30.0 + index * 137.508)
-
-
-def _read_spec(file: Path) -> DatasetSpec:
-    try:
-        content: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; a data set is a folder with a dataset.yaml") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read as YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: holds no keys; wanted name, modalities, splits, ...")
-    try:
-        return DatasetSpec.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"{file}: {_explain(error)}") from None
-
-
-def _explain(error: ValidationError) -> str:
-    """The first problem in one line; for an unknown key the nearest valid one."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"]]
-    if first["type"] == "extra_forbidden":
-        models: dict[str, type[BaseModel]] = {
-            "modalities": ModalitySpec,
-            "target": TargetSpec,
-            "classes": ClassSpec,
-            "splits": SplitSpec,
-        }
-        model = models[place[0]] if len(place) > 1 else DatasetSpec
-        return f"unknown key {'.'.join(place)!r}; {nearest(place[-1], model.model_fields)}"
-    if first["type"] == "missing":
-        return f"the key {'.'.join(place)!r} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    came = "" if first["type"] == "value_error" else f" (came: {str(first['input'])[:60]!r})"
-    return f"{'.'.join(place)}: {message}{came}" if place else message
 
 
 def _resolve_root(file: Path, root: str) -> Path:

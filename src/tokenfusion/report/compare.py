@@ -11,7 +11,8 @@ from typing import Any
 from tokenfusion.errors import UserError
 from tokenfusion.report import metric, plots
 from tokenfusion.report.page import Chart, chart, write_page
-from tokenfusion.report.run import ENSEMBLE, Run, View, collapse, counted, read_run
+from tokenfusion.report.rows import ENSEMBLE, HEADS, STREAMS
+from tokenfusion.report.run import Run, View, collapse, counted, read_run
 
 
 def write_comparison(runs: Sequence[Path], out: Path) -> Path:
@@ -41,9 +42,10 @@ def _comparison(runs: Sequence[Run]) -> View:
     judged = [run for run in runs if run.figures()]
     primary = judged[0].primary() if judged else ""
     streams = dict.fromkeys(stream for table in figures for stream in table)
-    ensembles = metric.finite({at: table.get(ENSEMBLE, {}).get(primary) for at, table in enumerate(figures)})
+    ensembles = metric.finite({at: table.get(runs[at].leader(), {}).get(primary) for at, table in enumerate(figures)})
     sound = {at: value for at, value in ensembles.items() if ENSEMBLE not in runs[at].evaluation.collapsed}
     made = {_made(run) for run in judged}
+    ranked = judged[0].rows() if judged else STREAMS
     curves = {run.name: found for run in runs if (found := _curve(run, primary))}
     return {
         "title": "Comparison of " + counted(len(runs), "run"),
@@ -53,9 +55,10 @@ def _comparison(runs: Sequence[Run]) -> View:
         "metrics": metric.names(figures, primary),
         "metric": primary,
         "lower": metric.lower_is_better(primary),
-        "streams": sorted(streams, key=lambda stream: stream == ENSEMBLE),
+        "streams": [ranked.leader] if ranked is HEADS else sorted(streams, key=lambda stream: stream == ENSEMBLE),
+        "rows": ranked,
         "best": metric.best(sound, primary) if len(ensembles) > 1 and len(made) == 1 else None,
-        "chart_of_runs": _chart(curves, primary) if curves else None,
+        "chart_of_runs": _chart(curves, primary, ranked.leader_name) if curves else None,
         "without_curve": [run.name for run in runs if run.name not in curves],
         "target": judged[0].target() if len(made) == 1 else "",
         "targets_differ": len(made) > 1,
@@ -71,15 +74,16 @@ def _made(run: Run) -> str:
 
 
 def _curve(run: Run, primary: str) -> plots.Series | None:
-    """The primary figure of the ensemble over training, or of the only stream."""
+    """The primary figure of what ranks the run over training, or of the only stream."""
     table = run.figures()
-    stream = ENSEMBLE if ENSEMBLE in table else next(iter(table), "")
+    stream = run.leader() if run.leader() in table else next(iter(table), "")
     found = plots.series(run.lines, "val").get(f"{stream}/{primary}")
     return found if found and len(found[0]) > 1 else None  # one point is no curve
 
 
-def _chart(curves: dict[str, plots.Series], primary: str) -> Chart:
-    caption = f"{metric.label(primary)} of the ensemble (of the only stream where there is one) on the validation split"
+def _chart(curves: dict[str, plots.Series], primary: str, leader: str) -> Chart:
+    alone = " (of the only stream where there is one)" if leader == ENSEMBLE else ""
+    caption = f"{metric.label(primary)} of the {leader}{alone} on the validation split"
     return chart(partial(plots.curves, curves, unit=metric.unit(primary), width=6.4), caption)
 
 

@@ -34,6 +34,12 @@ METRICS = {  # in the order in which a table shows them
     "mean_accuracy": Metric("Mean accuracy", "%", 1),
     "iou": Metric("IoU", "%", 1),
     "accuracy": Metric("Accuracy", "%", 1),
+    **{
+        f"{key}{percent}{best}": Metric(f"{name}@0.{percent:02d}{best.replace('_', ', ')}", "%", 1)
+        for key, name in (("map", "mAP"), ("ar", "AR"), ("ap", "AP"), ("recall", "Recall"))
+        for percent in (25, 50)
+        for best in ("", "_best")
+    },
     "fid": Metric("FID", "", 2, "lower"),
     "kid": Metric("KID ×100", "", 2, "lower"),
     "kid_std": Metric("± sd", "", 2, ""),

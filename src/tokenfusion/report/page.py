@@ -20,7 +20,8 @@ from PIL import Image
 
 from tokenfusion.errors import UserError, require
 from tokenfusion.report import metric, plots
-from tokenfusion.report.run import ENSEMBLE, Figures, Run, View, collapse, one_line, read_run
+from tokenfusion.report.rows import ENSEMBLE
+from tokenfusion.report.run import Figures, Run, View, collapse, one_line, read_run
 from tokenfusion.report.samples import css_colours, sample
 from tokenfusion.report.theme import DARK, LIGHT, Theme
 
@@ -51,6 +52,7 @@ def _report(run: Run) -> View:
     return {
         "title": run.name,
         "task": run.task(),
+        "rows": run.rows(),
         "warning": collapse(run.evaluation.collapsed),
         "facts": run.facts(),
         "metrics": metric.names([figures], run.primary()),
@@ -64,6 +66,7 @@ def _report(run: Run) -> View:
         "threshold": run.threshold(),
         "streams_known": len(run.modalities()),
         "samples": samples,
+        "least_score": run.samples.least_score,
         "classes": _classes(run),
         "recipe": (run.path / "recipe.yaml").read_text(encoding="utf-8"),
         "commands": _commands(run),
@@ -75,7 +78,9 @@ def _headline(run: Run) -> View | None:
     primary = run.primary()
     values = metric.finite({stream: row.get(primary) for stream, row in run.figures().items()})
     singles = {stream: value for stream, value in values.items() if stream != ENSEMBLE}
-    stream = ENSEMBLE if ENSEMBLE in values or len(singles) != 1 else next(iter(singles))
+    leader = run.leader()
+    stream = leader if leader in values or len(singles) != 1 else next(iter(singles))
+    name = run.rows().leader_name if stream == leader else stream
     if stream not in values:
         return None
     sound = {name: value for name, value in singles.items() if name not in run.evaluation.collapsed}
@@ -84,7 +89,7 @@ def _headline(run: Run) -> View | None:
     return {
         "metric": primary,
         "value": values[stream],
-        "stream": stream,
+        "stream": name,
         "rival": rival,
         "difference": text if text.startswith("-") else "+" + text,
         "lower": metric.lower_is_better(primary),
@@ -99,7 +104,7 @@ def _curves(run: Run) -> list[Chart]:
     streams = {name: found for name, found in streams.items() if len(found[0]) > 1}  # one point is no curve
     lower = "; lower is better" if metric.lower_is_better(primary) else ""
     charts = [
-        (streams, f"{metric.label(primary)} by stream, validation{lower}", metric.unit(primary), False),
+        (streams, f"{metric.label(primary)} by {run.rows().noun}, validation{lower}", metric.unit(primary), False),
         *((terms, caption, "", True) for caption, terms in _losses(plots.select(train, "loss/"))),
         (rate, "Learning rate", "", False),
     ]
@@ -116,9 +121,10 @@ def _losses(found: Mapping[str, plots.Series]) -> Iterator[tuple[str, dict[str, 
     for name in sorted(found, key=lambda name: "/l1/" not in name):
         phase, _, term = name.rpartition("/") if name.count("/") < 2 else name.partition("/")
         phases.setdefault(phase, {})[term.replace("/", " ")] = found[name]
-    for phase in sorted(phases):
+    for phase in sorted(phases, key=lambda phase: (not phase, phase)):
         thin = "; bold: running mean" if any(len(steps) > 60 for steps, _ in phases[phase].values()) else ""
-        yield f"{phase.capitalize()} loss by term{thin}" if phase else f"Loss by term{thin}", phases[phase]
+        rest = "Sparsity, and the whole loss" if len(phases) > 1 else "Loss by term"
+        yield (f"{phase.capitalize()} loss by term" if phase else rest) + thin, phases[phase]
 
 
 def _exchange(run: Run) -> View | None:
@@ -143,6 +149,7 @@ def _exchange(run: Run) -> View | None:
         "charts": charts,
         "source": "eval" if run.evaluation.exchange else "training",
         "below": bool(below),
+        "streams": len(modalities),
         "faint": faint,
         "curves": len(charts) > 1 or bool(faint),
     }
@@ -171,19 +178,21 @@ def _classes(run: Run) -> View | None:
     names, streams = run.evaluation.classes, run.evaluation.per_class
     if not names or not streams:
         return None
-    iou = {stream: table["iou"] for stream, table in streams.items() if "iou" in table}
-    leader = metric.finite(dict(enumerate(iou.get(ENSEMBLE) or next(reversed(iou.values()), []))))
+    first = next((kind for table in streams.values() for kind in table), "iou")  # IoU, or AP at the lowest threshold
+    iou = {stream: table[first] for stream, table in streams.items() if first in table}
+    leader = metric.finite(dict(enumerate(iou.get(run.leader()) or next(reversed(iou.values()), []))))
     order = sorted(range(len(names)), key=lambda at: -leader.get(at, -math.inf))
     bars = {stream: [column[at] for at in order] for stream, column in iou.items()}
-    draw = partial(plots.class_bars, [names[at] for at in order], bars, "IoU, %")
+    draw = partial(plots.class_bars, [names[at] for at in order], bars, metric.heading(first))
     shown = css_colours(run.samples.palette())
     colours = {entry.name: colour for entry, colour in zip(run.samples.classes, shown, strict=True)}
     kinds = list(dict.fromkeys(kind for table in streams.values() for kind in table))
     columns = [(kind, stream) for kind in kinds for stream in streams if kind in streams[stream]]
     return {
-        "chart": chart(draw, "IoU by class") if iou else None,
+        "chart": chart(draw, f"{metric.label(first)} by class") if iou else None,
         "heads": Counter(kind for kind, _ in columns),
         "columns": columns,
+        "single": len(streams) == 1,
         "rows": [
             (names[at], colours.get(names[at]), [streams[stream][kind][at] for kind, stream in columns]) for at in order
         ],

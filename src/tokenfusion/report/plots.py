@@ -25,7 +25,7 @@ DPI, FONT = 200, 8.5
 CHART = (3.55, 2.75)  # inches; three of them stand side by side on a wide page
 CELL = (0.62, 0.27)  # inches of one heatmap cell
 DASHES = ("-", (0, (5, 1.6)), (0, (1.4, 1.2)), (0, (6, 1.5, 1.4, 1.5)))
-STRONG = ("ensemble", "l1 ensemble")
+STRONG = ("ensemble", "l1 ensemble", "last")  # what ranks a run
 
 Series = tuple[list[int], list[float]]
 Rates = Mapping[str, Mapping[str, float | None]]

@@ -12,8 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tokenfusion.errors import UserError
 from tokenfusion.report import maps
-
-ENSEMBLE = "ensemble"
+from tokenfusion.report.rows import ENSEMBLE, Rows, rows_of
 
 Figures = dict[str, dict[str, float | None]]  # stream -> metric -> value, or block -> modality -> rate
 View = dict[str, Any]
@@ -73,6 +72,7 @@ class Samples(BaseModel):
     threshold: float | None = None
     classes: list[ClassEntry] = []
     ignore: int | None = 255
+    least_score: float | None = None  # of the boxes that pictures show
 
     def palette(self) -> maps.Bytes:
         """The colours of the classes [K, 3]."""
@@ -130,6 +130,14 @@ class Run(NamedTuple):
         """What the run was trained for; empty where nothing states it."""
         return self.evaluation.task or component(self.recipe.get("task", ""))
 
+    def rows(self) -> Rows:
+        """What its figures are of."""
+        return rows_of(self.task())
+
+    def leader(self) -> str:
+        """The row of the figures that ranks: the ensemble of streams, or a detector's last head."""
+        return self.rows().leader
+
     def target(self) -> str:
         """The modality that a translation makes; empty for other tasks."""
         return self.evaluation.target or self.samples.target or str(self.section("data").get("target") or "")
@@ -147,7 +155,9 @@ class Run(NamedTuple):
             "Fuser": component(recipe["fuser"]) if "fuser" in recipe else "",
             "Step": f"{step:,}" + (f" of {planned:,}" if isinstance(planned, int) else "") if step is not None else "",
             "Checkpoint": evaluation.checkpoint,
-            "Evaluated on": " · ".join(filter(None, [evaluation.split, counted(evaluation.images, "image")])),
+            "Evaluated on": " · ".join(
+                filter(None, [evaluation.split, counted(evaluation.images, self.rows().judged)])
+            ),
             "Protocol": evaluation.protocol,
             "Parameters": f"{evaluation.parameters:,}" if evaluation.parameters else "",
             "Seed": str(recipe.get("seed", "")),

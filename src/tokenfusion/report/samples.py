@@ -15,7 +15,8 @@ from PIL import Image
 
 from tokenfusion.errors import UserError
 from tokenfusion.report import maps, plots
-from tokenfusion.report.run import ENSEMBLE, Run, Samples, View, one_line
+from tokenfusion.report.rows import ENSEMBLE
+from tokenfusion.report.run import Run, Samples, View, one_line
 
 SIDE, MAP_SIDE = 384, 264  # pixels of the longer side: inputs and predictions, exchange maps
 SMALL = 192  # pixels of the longer side: pages show such images enlarged
@@ -74,6 +75,8 @@ def _arrays(path: Path) -> Arrays:
 
 def _results(index: Samples, arrays: Arrays) -> View:
     """Rows of pictures whose columns are the streams: inputs and target, predictions, errors."""
+    if finished := _under(arrays, "picture/"):
+        return _finished(finished)
     inputs, predictions = _under(arrays, "input/"), _under(arrays, "prediction/")
     if len(index.modalities) == 1:
         predictions.pop(ENSEMBLE, None)  # the only stream once more
@@ -94,10 +97,27 @@ def _results(index: Samples, arrays: Arrays) -> View:
             pictures.append(_errors(index, prediction, target, f"{name}: errors", column, row))
     return {
         "columns": max((picture.column for picture in pictures), default=1),
+        "grid": "matrix",
         "pictures": pictures,
         "legend": _legend(index, [array for array in (target, *predictions.values()) if array is not None]),
         "has_target": target is not None,
         "shaded": target is not None and target.ndim == 3,
+    }
+
+
+def _finished(pictures: Arrays) -> View:
+    """Pictures that a task has drawn to the end: side by side."""
+    shown = [
+        Picture(_smallest(maps.checked_image(array)), name, "", column, 1)
+        for column, (name, array) in enumerate(pictures.items(), 1)
+    ]
+    return {
+        "columns": len(shown),
+        "grid": "gallery",
+        "pictures": shown,
+        "legend": [],
+        "has_target": True,
+        "shaded": False,
     }
 
 
@@ -187,6 +207,14 @@ def _picture(image: maps.Bytes, caption: str, column: int, row: int, note: str =
     else:
         Image.fromarray(image).save(data, "JPEG", quality=80, optimize=True)
     return Picture(data.getvalue(), caption, note, column, row, crisp)
+
+
+def _smallest(image: maps.Bytes) -> bytes:
+    """A picture with lines and names that stay sharp: PNG, or JPEG where a photograph lies below them."""
+    png, jpeg = io.BytesIO(), io.BytesIO()
+    Image.fromarray(image).save(png, "PNG", optimize=True)
+    Image.fromarray(image).save(jpeg, "JPEG", quality=92, subsampling=0, optimize=True)
+    return min(png.getvalue(), jpeg.getvalue(), key=len)
 
 
 def _legend(index: Samples, arrays: Iterable[NDArray[Any]]) -> list[tuple[str, str]]:

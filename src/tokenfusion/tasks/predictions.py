@@ -61,7 +61,7 @@ class Predictor(ABC):
         specs = {name: self.specs[name] for name in self.modalities if name in files}
         raw = read_inputs({name: files[name] for name in specs}, specs)
         first = next(iter(files.values()))
-        with _staged(out, set(files.values())) as (stage, written):
+        with staged(out, set(files.values())) as (stage, written):
             self.one(first.stem, first, raw, specs, stage)
         return written
 
@@ -81,7 +81,7 @@ class Predictor(ABC):
         }  # the truth, too, is not written over
         if folder.has_target:
             sources |= {folder.target_path(i) for i in ids}
-        with _staged(out, sources) as (stage, written):
+        with staged(out, sources) as (stage, written):
             for i in ids:
                 self.one(i, folder.image_path(i, names[0]), folder.read(i, names), specs, stage)
         return written
@@ -122,7 +122,7 @@ def save_npz(path: Path, arrays: Mapping[str, np.ndarray | np.generic]) -> None:
 
 
 @contextmanager
-def _staged(out: Path, sources: set[Path]) -> Iterator[tuple[Path, list[Path]]]:
+def staged(out: Path, sources: set[Path]) -> Iterator[tuple[Path, list[Path]]]:
     """A hidden folder to write to, and the list that the final paths are put in when everything is there.
 
     Raises:

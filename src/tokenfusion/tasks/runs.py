@@ -129,7 +129,7 @@ def save_weights(
 
 
 def _reason(error: RuntimeError) -> str:
-    return str(error).splitlines()[1].strip()
+    return str(error).splitlines()[1].strip()[:160]
 
 
 def device_of(settings: TrainSettings) -> str:

@@ -110,6 +110,14 @@ class Engine:
         """Mean over all processes."""
         return tensor if self.world == 1 else self.sum(tensor) / self.world
 
+    def gather(self, value: T) -> list[T]:
+        """Every process's value of any kind, in all of them."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(values, value)
+        return values
+
     def from_first(self, value: T) -> T:
         """The first process's value, in all of them."""
         return value if self.world == 1 else self.fabric.broadcast(value)

@@ -8,13 +8,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenfusion.data.furniture import CLASSES
+from tokenfusion.data.furniture import (
+    BOX,
+    CLASSES,
+    CUPBOARD,
+    CUSHION,
+    DRESSER,
+    LOCKER,
+    PANEL,
+    PICTURE,
+    SOFA,
+    TABLE,
+)
 from tokenfusion.data.prepare.archive import Staging, track
 from tokenfusion.data.rooms import Room, render
 from tokenfusion.errors import UserError
 
 FRAMES_PER_SEED = 1_000_000  # frame i of data set s is room s * FRAMES_PER_SEED + i: no two data sets share a room
 DEPTH = {"mean": 3.5, "std": 0.85, "range": [1.0, 8.0]}  # metres
+SOLIDS = (PICTURE, CUPBOARD, PANEL, CUSHION, BOX, SOFA, TABLE, DRESSER, LOCKER)  # classes of things that have a box
 SMALLEST = 32  # pixels; below, furniture is smaller than the pixels
 
 
@@ -30,8 +42,8 @@ def prepare(
     """Draw ``train + val`` rooms of ``height x width`` pixels into ``out`` and return counts.
 
     The same arguments give the same files. Beside the images: points/ID.npy float32 [P, 6] (upright x y z in metres,
-    red green blue in 0..1), boxes/ID.json (centre, full sizes, yaw counter-clockwise in radians, same axes),
-    camera/ID.json (K; pose = camera to upright axes).
+    red green blue in 0..1), boxes/ID.json (centre, full sizes, yaw counter-clockwise in radians, same axes; box2d around
+    the pixels that are seen), camera/ID.json (K; pose = camera to upright axes).
 
     Errors: UserError where a number makes no data set, or ``out`` holds something.
     """
@@ -64,11 +76,23 @@ def _write_room(staging: Staging, name: str, room: Room) -> None:
     staging.array(f"points/{name}.npy", room.points_xyzrgb)
     names = list(CLASSES)
     boxes = [
-        {"class": names[label], "center": box[:3], "size": box[3:6], "yaw_rad": box[6]}
-        for box, label in zip(room.boxes.tolist(), room.box_class, strict=True)
+        {"class": names[label], "center": box[:3], "size": box[3:6], "yaw_rad": box[6], "box2d": _around(mine)}
+        for box, label, mine in zip(
+            room.boxes.tolist(),
+            room.box_class,
+            (room.instance == row + 1 for row in range(len(room.boxes))),
+            strict=True,
+        )
     ]
     staging.json(f"boxes/{name}.json", {"boxes": boxes})
     staging.json(f"camera/{name}.json", {"K": room.K.tolist(), "pose": room.pose.tolist()})
+
+
+def _around(mask: NDArray[np.bool_]) -> list[float]:
+    """The rectangle around the pixels of a mask, x1 y1 x2 y2; pixel 0 spans -0.5 to 0.5."""
+    rows, columns = np.nonzero(mask)
+    low, high = (columns.min(), rows.min()), (columns.max(), rows.max())
+    return [float(edge) - 0.5 for edge in low] + [float(edge) + 0.5 for edge in high]
 
 
 def _to_bytes(values: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
@@ -87,4 +111,10 @@ def _description() -> dict[str, Any]:
         },
         "target": {"kind": "label", "files": "label/{id}.png", "ignore": 255, "offset": 0},
         "classes": [{"name": name, "color": list(colour)} for name, colour in CLASSES.items()],
+        "scene": {
+            "points": "points/{id}.npy",
+            "boxes": "boxes/{id}.json",
+            "camera": "camera/{id}.json",
+            "classes": [list(CLASSES)[label] for label in SOLIDS],
+        },
     }

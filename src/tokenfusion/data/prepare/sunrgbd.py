@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from tokenfusion.data.prepare.archive import Staging, as_list, file_sha256, find_file, open_hdf5, read_mat, track
+from tokenfusion.data.prepare.photo import read_photo
 from tokenfusion.errors import UserError
 
 META = "SUNRGBDMeta.mat"
@@ -16,6 +17,7 @@ LABELS = "SUNRGBD2Dseg.mat"
 SPLITS = "allsplit.mat"
 TOOLBOX = "it is in SUNRGBDtoolbox.zip of https://rgbd.cs.princeton.edu"
 FRAMES = "unpack SUNRGBD.zip of https://rgbd.cs.princeton.edu there"
+FILES = ("rgbpath", "depthname")  # fields of SUNRGBDMeta
 SENSORS = ("kv1", "kv2", "realsense", "xtion")
 MAX_DEPTH_MM = 8000  # the official toolbox clips here
 CLASSES = [
@@ -68,20 +70,20 @@ def prepare(
     if depth not in ("filled", "raw"):
         raise UserError(f"depth is {depth!r}; choose 'filled' or 'raw'")
     meta_path, labels_path, splits_path = (find_file(source, name, TOOLBOX) for name in (META, LABELS, SPLITS))
-    entries = _read_entries(meta_path, expected)
-    splits = _read_splits(splits_path, entries, expected)
-    folders = _find_frames(source, entries)
+    entries = entries_of(read_rows(meta_path, (), expected), meta_path)
+    splits = read_splits(splits_path, entries, expected)
+    folders = find_frames(source, entries)
     missing = unlabelled = without_depth = 0
     with open_hdf5(labels_path) as labels:
         references = _check_labels(labels, labels_path, expected)
         with Staging(out) as staging:
             for index in track(range(expected.frames), "sunrgbd", progress):
                 name, folder, entry = f"{index + 1:06d}", folders[index], entries[index]
-                rgb, size = _read_rgb(folder / "image" / entry.rgb)
-                depth_mm = _read_depth(folder, "depth_bfx" if depth == "filled" else "depth", entry.depth)
+                photo = read_photo(folder / "image" / entry.rgb, FRAMES)
+                depth_mm = read_depth(folder, "depth_bfx" if depth == "filled" else "depth", entry.depth)
                 label = _read_label(labels, labels_path, references[index], index)
-                _check_sizes(folder, size, depth_mm, labels_path, label, index)
-                staging.write(f"rgb/{name}.jpg", rgb)
+                _check_sizes(folder, photo.pixels.shape[:2], depth_mm, labels_path, label, index)
+                staging.write(f"rgb/{name}.jpg", photo.data)
                 staging.image(f"depth/{name}.png", depth_mm)
                 staging.image(f"label/{name}.png", label)
                 missing += int((depth_mm == 0).sum())
@@ -96,18 +98,22 @@ def prepare(
     return {**counts, "missing depth pixels": missing, "unlabelled pixels": unlabelled, **digests}
 
 
-def _read_entries(path: Path, expected: Expected) -> list[Entry]:
-    """The frames in the order that the labels follow too."""
-    fields = ("rgbpath", "depthname")
-    rows = as_list(read_mat(path, ["SUNRGBDMeta"], fields)["SUNRGBDMeta"])
+def read_rows(path: Path, fields: tuple[str, ...], expected: Expected) -> list[Any]:
+    """SUNRGBDMeta: one structure per frame with some of its fields, in the order that the labels follow too."""
+    rows = as_list(read_mat(path, ["SUNRGBDMeta"], (*fields, *FILES))["SUNRGBDMeta"])
     if len(rows) != expected.frames:
         raise UserError(f"{path}: describes {len(rows)} frames, wanted {expected.frames}; {TOOLBOX}")
+    return rows
+
+
+def entries_of(rows: list[Any], path: Path) -> list[Entry]:
+    """Where the files of the frames are."""
     entries = []
     for index, row in enumerate(rows):
-        values = [row.get(field) if isinstance(row, dict) else None for field in fields]
+        values = [row.get(field) if isinstance(row, dict) else None for field in FILES]
         texts = [value for value in values if isinstance(value, str) and value]
-        if len(texts) < len(fields):
-            raise UserError(f"{path}: frame {index + 1} lacks {' or '.join(fields)}; {TOOLBOX}")
+        if len(texts) < len(FILES):
+            raise UserError(f"{path}: frame {index + 1} lacks {' or '.join(FILES)}; {TOOLBOX}")
         rgb = PurePosixPath(texts[0])  # <frame folder>/image/<name>.jpg
         entries.append(Entry(_from_sensor(str(rgb.parent.parent), path), rgb.name, PurePosixPath(texts[1]).name))
     return entries
@@ -122,7 +128,8 @@ def _from_sensor(official: str, path: Path) -> str:
     return "/".join(parts[start:])
 
 
-def _read_splits(path: Path, entries: list[Entry], expected: Expected) -> dict[str, list[str]]:
+def read_splits(path: Path, entries: list[Entry], expected: Expected) -> dict[str, list[str]]:
+    """The ids of the official split: {"train": ..., "val": ...}."""
     content = read_mat(path, ["alltrain", "alltest"])
     lists = {"train": as_list(content["alltrain"]), "val": as_list(content["alltest"])}
     wanted = {"train": expected.train, "val": expected.val}
@@ -141,7 +148,7 @@ def _read_splits(path: Path, entries: list[Entry], expected: Expected) -> dict[s
     return splits
 
 
-def _find_frames(source: Path, entries: list[Entry]) -> list[Path]:
+def find_frames(source: Path, entries: list[Entry]) -> list[Path]:
     """The folder of every frame, however deep the zip was unpacked."""
     roots = sorted(
         {path.parent for depth in range(5) for sensor in SENSORS for path in source.glob("*/" * depth + sensor)},
@@ -185,21 +192,8 @@ def _is_label(values: np.ndarray) -> bool:
     return values.size > 0 and bool(((values >= 0) & (values <= len(CLASSES))).all())
 
 
-def _read_rgb(path: Path) -> tuple[bytes, tuple[int, int]]:
-    """The jpg's bytes and (height, width), after decoding it once to see that it is whole."""
-    try:
-        data = path.read_bytes()
-        with Image.open(path) as image:
-            image.load()
-            if image.format != "JPEG" or image.mode != "RGB":
-                raise UserError(f"{path}: is {image.format} {image.mode}, wanted JPEG RGB; {FRAMES}")
-            return data, (image.height, image.width)
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error}); {FRAMES}") from None
-
-
-def _read_depth(folder: Path, kind: str, name: str) -> np.ndarray:
-    """Millimetres uint16 [H, W]; the file's bits are rotated by three."""
+def read_depth(folder: Path, kind: str, name: str) -> np.ndarray:
+    """Millimetres uint16 [H, W], at most 8 m; the file's bits are rotated by three. ``kind``: depth or depth_bfx."""
     path = folder / kind / name
     if not path.is_file():  # depth/ and depth_bfx/ may name their one image differently
         images = sorted((folder / kind).glob("*.png"))
@@ -222,7 +216,7 @@ def undo_shift(stored: np.ndarray) -> np.ndarray:
 
 
 def _check_sizes(
-    folder: Path, size: tuple[int, int], depth: np.ndarray, labels_path: Path, label: np.ndarray, index: int
+    folder: Path, size: tuple[int, ...], depth: np.ndarray, labels_path: Path, label: np.ndarray, index: int
 ) -> None:
     if depth.shape != size:
         raise UserError(f"{folder}: image is {size} but depth {depth.shape} (height, width); {FRAMES}")
