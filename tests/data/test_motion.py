@@ -84,10 +84,10 @@ def test_draws_fill_their_ranges_and_depend_on_the_generator_alone() -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"flip_x": 1.5}, "augment.flip_x 1.5"),
-        ({"rotation_deg": -3}, "augment.rotation_deg is -3"),
-        ({"scale": (0.0, 1.0)}, r"augment.scale is \[0.0, 1.0\]"),
-        ({"scale": (1.2, 1.0)}, "augment.scale"),
+        ({"flip_x": 1.5}, "data.flip_x 1.5"),
+        ({"rotation_deg": -3}, "data.rotation_deg is -3"),
+        ({"scale": (0.0, 1.0)}, r"data.scale is \[0.0, 1.0\]"),
+        ({"scale": (1.2, 1.0)}, "data.scale"),
     ],
 )
 def test_ranges_that_make_no_sense_are_refused(change: dict[str, object], text: str) -> None:

@@ -49,11 +49,11 @@ class SceneAugment:
 
     def __post_init__(self) -> None:
         if not (0 <= self.flip_x <= 1 and 0 <= self.flip_y <= 1):
-            raise UserError(f"augment.flip_x {self.flip_x} and augment.flip_y {self.flip_y} must lie in 0..1")
+            raise UserError(f"data.flip_x {self.flip_x} and data.flip_y {self.flip_y} must lie in 0..1")
         if not 0 <= self.rotation_deg <= 180:
-            raise UserError(f"augment.rotation_deg is {self.rotation_deg}; wanted 0..180")
+            raise UserError(f"data.rotation_deg is {self.rotation_deg}; wanted 0..180")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] < math.inf:
-            raise UserError(f"augment.scale is {list(self.scale)}; wanted [low, high] with 0 < low <= high")
+            raise UserError(f"data.scale is {list(self.scale)}; wanted [low, high] with 0 < low <= high")
 
     def draw(self, generator: torch.Generator) -> Motion:
         """The motion of one scene; always as many draws, so that none moves the next one."""

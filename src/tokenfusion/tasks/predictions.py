@@ -21,8 +21,39 @@ from tokenfusion.errors import UserError, nearest
 Specs = Mapping[str, ModalitySpec]
 
 
-class Predictor(ABC):
-    """Reads images, lets a task predict, and writes all of a call's files or none.
+class Predicts(ABC):
+    """Predicts on single files or on a data set folder, and writes all of a call's files or none."""
+
+    example = "rgb=a.jpg depth=a.png"  # of single files
+
+    @abstractmethod
+    def files(self, files: Mapping[str, Path], out: Path) -> list[Path]:
+        """Predict on one thing given by its files; returns the written ones."""
+
+    @abstractmethod
+    def folder(self, folder: Folder, split: str | None, out: Path) -> list[Path]:
+        """Predict on a split of a data set folder, or on all of its ids; returns the written files."""
+
+    def run(
+        self, files: Mapping[str, str | Path] | None, data: str | Path | None, split: str | None, out: Path
+    ) -> list[Path]:
+        """Predict on single files or on a data set folder; returns the written files.
+
+        Raises:
+            UserError: where it is not exactly one of the two.
+        """
+        if (files is None) == (data is None):
+            raise UserError(f"predict wants either files ({self.example}) or --data FOLDER")
+        if files is not None:
+            if split is not None:
+                raise UserError("--split belongs to --data; single files have none")
+            return self.files({name: Path(path) for name, path in files.items()}, out)
+        assert data is not None
+        return self.folder(Folder(data), split, out)
+
+
+class Predictor(Predicts):
+    """Reads aligned images and lets a task predict on them.
 
     Args:
         modalities: the model's streams, in order.
@@ -35,23 +66,6 @@ class Predictor(ABC):
     @abstractmethod
     def one(self, name: str, source: Path, raw: dict[str, Tensor], specs: dict[str, ModalitySpec], out: Path) -> None:
         """Predict on one image and write its files below ``out`` under ``name``; ``source`` is named in errors."""
-
-    def run(
-        self, files: Mapping[str, str | Path] | None, data: str | Path | None, split: str | None, out: Path
-    ) -> list[Path]:
-        """Predict on single files or on a data set folder; returns the written files.
-
-        Raises:
-            UserError: where it is not exactly one of the two.
-        """
-        if (files is None) == (data is None):
-            raise UserError("predict wants either files (rgb=a.jpg depth=a.png) or --data FOLDER")
-        if files is not None:
-            if split is not None:
-                raise UserError("--split belongs to --data; single files have none")
-            return self.files({name: Path(path) for name, path in files.items()}, out)
-        assert data is not None
-        return self.folder(Folder(data), split, out)
 
     def files(self, files: Mapping[str, Path], out: Path) -> list[Path]:
         """Predict on one image given as a file per modality; modalities may be left out. The whole image is used."""

@@ -31,14 +31,14 @@ from tokenfusion.tasks.detection3d.metrics import Detections, Protocol, suppress
 from tokenfusion.tasks.detection3d.model import FusedDetector
 from tokenfusion.tasks.detection3d.settings import DetectionRecipe
 from tokenfusion.tasks.detection3d.task import scenes
-from tokenfusion.tasks.predictions import new_files, save_npz, staged
+from tokenfusion.tasks.predictions import Predicts, new_files, save_npz, staged
 
 CAMERA = "camera"
 SHOWN = 0.3  # the least objectness of a box in a picture
 SAMPLES = 6
 
 
-class DetectionPredictor:
+class DetectionPredictor(Predicts):
     """Writes, of each scene, ``ID.json`` (its boxes), ``ID_above.png``, ``ID_boxes.png`` (one per view) and ``ID_scores.npz``.
 
     A cloud's points are drawn as in evaluation, so that a folder gives the boxes that were judged.
@@ -49,22 +49,11 @@ class DetectionPredictor:
         recipe: of the run.
     """
 
+    example = "points=a.npy rgb=a.jpg camera=a.json"
+
     def __init__(self, model: FusedDetector, spec: DatasetSpec, recipe: DetectionRecipe) -> None:
         assert spec.scene is not None, "a detection run has scenes"
         self.model, self.spec, self.recipe, self.classes = model, spec, recipe, list(spec.scene.classes)
-
-    def run(
-        self, files: Mapping[str, str | Path] | None, data: str | Path | None, split: str | None, out: Path
-    ) -> list[Path]:
-        """Predict on single files (points, rgb, camera) or on a data set folder; returns the written files."""
-        if (files is None) == (data is None):
-            raise UserError("predict wants either files (points=a.npy rgb=a.jpg camera=a.json) or --data FOLDER")
-        if files is not None:
-            if split is not None:
-                raise UserError("--split belongs to --data; single files have none")
-            return self.files({name: Path(path) for name, path in files.items()}, out)
-        assert data is not None
-        return self.folder(Folder(data), split, out)
 
     def files(self, files: Mapping[str, Path], out: Path) -> list[Path]:
         """One scene: a cloud, and where the run takes images an image and its camera, or a camera file that names views."""
