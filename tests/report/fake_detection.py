@@ -53,7 +53,7 @@ def fake_detection(
     (path / "metrics.json").write_text(json.dumps(evaluation))
     index = {
         "task": "detection3d", "ids": [f"{n:04d}" for n in range(samples)], "modalities": modalities, "blocks": [],
-        "threshold": 0.5 if scored else None, "least_score": 0.3,
+        "threshold": 0.5 if scored else None, "least_objectness": 0.3,
         "classes": [{"name": n, "color": c} for n, c in zip(CLASSES, COLOURS, strict=True)],
     }  # fmt: skip
     (path / "samples" / "index.json").write_text(json.dumps(index))

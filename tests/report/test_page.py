@@ -143,7 +143,7 @@ def test_detection_shows_curves_boxes_and_what_was_exchanged(detection: Path) ->
     assert [caption for caption in page.captions if "loss" in caption or "head" in caption] == losses
     assert {"At the end, in percent", "points, over training", "from above", "in the image"} <= set(page.captions)
     assert "orange points are those whose token came from the image" in page.text
-    assert "those below 0.3 are not drawn" in page.text
+    assert "those whose objectness is below 0.3 are not drawn" in page.text
     assert "Likewise" not in page.text
     assert "gallery" in page.html.split("<h2>Samples")[1]  # pictures as wide as half of the page
     assert "Class AP@0.25, % Recall@0.25, % AP@0.50, % Recall@0.50, %" in page.text

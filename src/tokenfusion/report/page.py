@@ -66,7 +66,7 @@ def _report(run: Run) -> View:
         "threshold": run.threshold(),
         "streams_known": len(run.modalities()),
         "samples": samples,
-        "least_score": run.samples.least_score,
+        "least_objectness": run.samples.least_objectness,
         "classes": _classes(run),
         "recipe": (run.path / "recipe.yaml").read_text(encoding="utf-8"),
         "commands": _commands(run),

@@ -72,7 +72,7 @@ class Samples(BaseModel):
     threshold: float | None = None
     classes: list[ClassEntry] = []
     ignore: int | None = 255
-    least_score: float | None = None  # of the boxes that pictures show
+    least_objectness: float | None = None  # of the boxes that pictures show
 
     def palette(self) -> maps.Bytes:
         """The colours of the classes [K, 3]."""

@@ -68,7 +68,7 @@ def test_samples_of_a_run(run: Path) -> None:
     assert [entry["name"] for entry in index.pop("classes")] == CLASSES
     assert index == {
         "task": "detection3d", "ids": ["000006", "000007", "000008"], "modalities": ["points", "rgb"],
-        "blocks": [], "threshold": 0.5, "least_score": 0.3,
+        "blocks": [], "threshold": 0.5, "least_objectness": 0.3,
     }  # fmt: skip
     with np.load(run / "samples" / "000007.npz") as arrays:
         assert set(arrays) == {"picture/from above", "picture/in the image"}

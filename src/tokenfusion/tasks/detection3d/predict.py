@@ -187,7 +187,7 @@ def write_samples(model: FusedDetector, judged: Scenes, protocol: Protocol, out:
         "modalities": modalities,
         "blocks": [],
         "threshold": model.threshold,
-        "least_score": SHOWN,
+        "least_objectness": SHOWN,
         "classes": [{"name": name, "color": color} for name, color in zip(judged.classes, palette, strict=True)],
     }
     write_text(out / "index.json", json.dumps(index, indent=1))
