@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from pydantic import BaseModel, ValidationError
-from torch import nn
+from torch import Tensor, nn
 
-from tokenfusion.components import explain, read_yaml
+from tokenfusion.components import explain, read_yaml, write_text
+from tokenfusion.data.folder import DatasetSpec
 from tokenfusion.errors import UserError, nearest
+from tokenfusion.tasks.runs import device_of, judged_folder, load_run, save_weights
 from tokenfusion.train import FitResult
 
 TASKS = {name: f"tokenfusion.tasks.{name}" for name in ("segmentation", "translation", "detection3d")}
@@ -48,7 +51,7 @@ class _AnyRecipe(BaseModel):
 
 
 def task_package(task: str) -> Any:
-    """The package of a task: ``Recipe``, ``build_model``, ``train``, ``evaluate``, ``predict``."""
+    """The package of a task: ``Recipe``, ``modalities_of``, ``model_of``, ``train``, ``judge``, ``predictor``."""
     return importlib.import_module(TASKS[task])
 
 
@@ -117,14 +120,17 @@ def prepare_rooms(
 
 
 def train(recipe: Recipe, out: str | Path, trust: bool = False) -> FitResult:
-    """Train a recipe into a run folder, or go on where the folder holds checkpoints.
+    """Train a recipe into a run folder, or go on where the folder holds checkpoints; ends with metrics.json and samples.
 
     Args:
         recipe: from :func:`tokenfusion.recipe.read_recipe`.
         out: the run folder.
         trust: build components outside of tokenfusion.
     """
-    return task_package(recipe.task).train(recipe, Path(out), trust)
+    result: FitResult = task_package(recipe.task).train(recipe, Path(out), trust)
+    if result.is_first:
+        evaluate(out, trust=trust)
+    return result
 
 
 def evaluate(
@@ -135,7 +141,7 @@ def evaluate(
     checkpoint: str = "last",
     trust: bool = False,
 ) -> dict[str, Any]:
-    """Judge a run on a split; writes and returns the content of ``metrics.json``.
+    """Judge a run on a split; writes and returns the content of ``metrics.json``, on the run's own split ``samples/`` too.
 
     Args:
         run: a run folder.
@@ -146,9 +152,26 @@ def evaluate(
         checkpoint: ``"last"`` or ``"best"`` (best on the validation split during training).
         trust: build components outside of tokenfusion.
     """
-    recipe = recipe_of(Path(run))
-    package = task_package(recipe.task)
-    return package.evaluate(Path(run), recipe, data, split, _protocol(recipe, evaluation), checkpoint, trust)
+    run, recipe = Path(run), recipe_of(Path(run))
+    model, dataset, state = _loaded(run, recipe, checkpoint, trust, device_of(recipe.train))
+    folder, protocol = judged_folder(run, recipe.data.root, data), _protocol(recipe, evaluation)
+    is_own = data is None and split in (None, recipe.data.val) and protocol is None and checkpoint == "last"
+    split = split or recipe.data.val
+    judge = task_package(recipe.task).judge
+    figures, write_samples = judge(model, dataset, recipe, folder, split, protocol or recipe.evaluation, trust)
+    content = {
+        "task": recipe.task,
+        "dataset": folder.name,
+        "split": split,
+        **figures,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "checkpoint": checkpoint,
+        "step": state["step"],
+    }
+    write_text(run / "metrics.json", json.dumps(content, indent=1))
+    if is_own:
+        write_samples(run / "samples")
+    return content
 
 
 def _protocol(recipe: Recipe, changes: Mapping[str, Any] | None) -> BaseModel | None:
@@ -173,8 +196,9 @@ def predict(
 ) -> list[Path]:
     """Predict on single files (``{"rgb": "a.jpg", "depth": "a.png"}``) or on a data set folder; returns what was written."""
     recipe = recipe_of(Path(run))
-    package = task_package(recipe.task)
-    return package.predict(Path(run), recipe, Path(out), files, data, split, checkpoint, trust)
+    model, dataset, _ = _loaded(Path(run), recipe, checkpoint, trust, device_of(recipe.train))
+    written: list[Path] = task_package(recipe.task).predictor(model, dataset, recipe).run(files, data, split, Path(out))
+    return written
 
 
 def load(path: str | Path, checkpoint: str = "last", trust: bool = False) -> nn.Module:
@@ -189,7 +213,27 @@ def load(path: str | Path, checkpoint: str = "last", trust: bool = False) -> nn.
     """
     run = _local(str(path))
     recipe = recipe_of(run)
-    return task_package(recipe.task).load(run, recipe, checkpoint, trust)[0]
+    return _loaded(run, recipe, checkpoint, trust, "cpu")[0]
+
+
+def _loaded(
+    run: Path, recipe: Recipe, checkpoint: str, trust: bool, device: str
+) -> tuple[nn.Module, DatasetSpec, dict[str, Any]]:
+    """A run's model in eval mode, the description of its data, the checkpoint's state."""
+    package = task_package(recipe.task)
+
+    def build(spec: DatasetSpec) -> nn.Module:
+        model: nn.Module = package.model_of(recipe, spec, run / "dataset.yaml", trust)
+        return model
+
+    return load_run(run, package.modalities_of(recipe), build, checkpoint, device)
+
+
+def save(recipe: Recipe, dataset: DatasetSpec, tensors: Mapping[str, Tensor], out: str | Path) -> None:
+    """Write weights from elsewhere, in the names of the recipe's model, as a run folder."""
+    out = Path(out)
+    model = task_package(recipe.task).model_of(recipe, dataset, out / "dataset.yaml", False)
+    save_weights(model, tensors, cast("BaseModel", recipe), dataset, out)
 
 
 def _local(name: str) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from tokenfusion.api import task_package
+from tokenfusion.api import save
 from tokenfusion.backbones import mirror
 from tokenfusion.backbones.detection_keys import from_groupfree
 from tokenfusion.backbones.keys import (
@@ -224,4 +224,4 @@ def _content(recipe: str, file: str, dataset: str | Path, modalities: tuple[str,
 
 def _save(content: dict[str, Any], folder: Folder, tensors: StateDict, file: str, out: Path) -> None:
     recipe = validate(content, file)
-    task_package(recipe.task).save(recipe, folder.spec, tensors, out)
+    save(recipe, folder.spec, tensors, out)

@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from tokenfusion.backbones.mit import MiTBlock, Pyramid, to_map
+from tokenfusion.backbones.block import PreNormBlock
+from tokenfusion.backbones.mit import Pyramid, to_map
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.alignment import LearnedPosition
 from tokenfusion.fusion.exchange import ExchangeRates
@@ -175,7 +176,7 @@ class FusedBackbone(nn.Module):
                 tokens = tokens + position  # the first layer learns the embedding ...
             else:
                 ctx.position = None if position is None else position.detach()  # ... later ones only repeat it
-            tokens, decided = self.fuser_of(index, b)(cast("MiTBlock", block), tokens, ctx)
+            tokens, decided = self.fuser_of(index, b)(cast("PreNormBlock", block), tokens, ctx)
             if decided is not None:
                 scores.append(decided)
         return tokens

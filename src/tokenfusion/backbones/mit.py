@@ -9,11 +9,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import StochasticDepth
 
+from tokenfusion.backbones.block import EPS, Grid, PreNormBlock, multi_head
 from tokenfusion.fusion.memory import recomputed
-
-Grid = tuple[int, int]
 
 WIDTHS = {"b0": (32, 64, 160, 256)}  # all others: 64 128 320 512
 DEPTHS = {
@@ -24,7 +22,6 @@ DEPTHS = {
     "b4": (3, 8, 27, 3),
     "b5": (3, 6, 40, 3),
 }
-EPS = 1e-6
 
 
 def to_map(tokens: Tensor, grid: Grid) -> Tensor:
@@ -71,11 +68,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, grid: Grid, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Attend from ``x [B, N, C]`` to its own reduced map, or to ``context [B, K, C]`` where ``mask [B, K]`` is true."""
         context = self.reduce(x, grid) if context is None else context
-        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = self.kv(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        mask = None if mask is None else mask[:, None, None, :]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        k, v = self.kv(context).chunk(2, -1)
+        return self.proj(multi_head(self.q(x), k, v, self.heads, mask))
 
 
 class MixMLP(nn.Module):
@@ -93,26 +87,11 @@ class MixMLP(nn.Module):
         return recomputed(lambda hidden: self.fc2(F.gelu(hidden)), to_tokens(x), learns)
 
 
-class MiTBlock(nn.Module):
-    """Pre-norm block; its parts are what a fuser works with."""
+class MiTBlock(PreNormBlock):
+    """Attention to a reduced map, and an MLP with a convolution."""
 
     def __init__(self, dim: int, heads: int, reduction: int, drop_path: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=EPS)
-        self.attention = Attention(dim, heads, reduction)
-        self.norm2 = nn.LayerNorm(dim, eps=EPS)
-        self.mlp = MixMLP(dim, 4 * dim)
-        self.drop = StochasticDepth(drop_path, "row")
-
-    def attend(self, x: Tensor, grid: Grid) -> Tensor:
-        return self.attention(self.norm1(x), grid)
-
-    def feed(self, x: Tensor, grid: Grid) -> Tensor:
-        return self.mlp(self.norm2(x), grid)
-
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        x = x + self.drop(self.attend(x, grid))
-        return x + self.drop(self.feed(x, grid))
+        super().__init__(dim, Attention(dim, heads, reduction), MixMLP(dim, 4 * dim), drop_path)
 
 
 class Stage(nn.Module):

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import StochasticDepth
 
-from tokenfusion.backbones.mit import EPS, Grid, drop_rates, to_map, to_tokens
+from tokenfusion.backbones.block import EPS, Grid, PreNormBlock, multi_head
+from tokenfusion.backbones.mit import drop_rates, to_map, to_tokens
 from tokenfusion.errors import UserError
 
 
@@ -59,10 +59,8 @@ class Attention(nn.Module):
             dim, weight, bias = x.shape[-1], self.qkv.weight, self.qkv.bias
             keys_values = F.linear(context, weight[dim:], bias[dim:])
             parts = (F.linear(x, weight[:dim], bias[:dim]), *keys_values.chunk(2, -1))
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        mask = None if mask is None else mask[:, None, None, :]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        q, k, v = parts
+        return self.proj(multi_head(q, k, v, self.heads, mask))
 
 
 class MLP(nn.Module):
@@ -77,26 +75,11 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class ViTBlock(nn.Module):
-    """Pre-norm block; its parts are what a fuser works with. Class and detection tokens take part in all of it."""
+class ViTBlock(PreNormBlock):
+    """Attention of all tokens to all, and an MLP. Class and detection tokens take part in all of it."""
 
     def __init__(self, dim: int, heads: int, drop_path: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=EPS)
-        self.attention = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=EPS)
-        self.mlp = MLP(dim, 4 * dim)
-        self.drop = StochasticDepth(drop_path, "row")
-
-    def attend(self, x: Tensor, grid: Grid) -> Tensor:
-        return self.attention(self.norm1(x), grid)
-
-    def feed(self, x: Tensor, grid: Grid) -> Tensor:
-        return self.mlp(self.norm2(x), grid)
-
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        x = x + self.drop(self.attend(x, grid))
-        return x + self.drop(self.feed(x, grid))
+        super().__init__(dim, Attention(dim, heads), MLP(dim, 4 * dim), drop_path)
 
 
 class ViT(nn.Module):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenfusion.backbones.mit import Grid
+from tokenfusion.backbones.block import Grid
 from tokenfusion.backbones.vit import PATCH, SIZES, Size, ViT, resampled
 
 

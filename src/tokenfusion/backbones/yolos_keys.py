@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from tokenfusion.backbones.mit import Grid
+from tokenfusion.backbones.block import Grid
 from tokenfusion.backbones.vit import ViT, resampled
 from tokenfusion.backbones.weights import LoadReport, StateDict, load_into
 from tokenfusion.backbones.yolos import VARIANTS, Yolos

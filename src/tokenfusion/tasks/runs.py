@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import yaml
@@ -17,6 +17,14 @@ from tokenfusion.errors import UserError
 from tokenfusion.train import WITHOUT_EFFECT_ON_WEIGHTS, Checkpoints, TrainSettings, load_model
 
 Net = TypeVar("Net", bound=nn.Module)
+
+
+class Judged(NamedTuple):
+    """What a task has to say of a model on a split."""
+
+    figures: dict[str, Any]  # for metrics.json
+    write_samples: Callable[[Path], None]  # the pictures that the report shows, into a folder
+
 
 # what may change when a run goes on
 MAY_CHANGE = {("data", "root"), ("description",), ("train", "steps")} | {
@@ -51,8 +59,16 @@ def _check_same(recipe: BaseModel, dataset: DatasetSpec, out: Path) -> None:
     if different:
         keys = ", ".join(".".join(key) for key in different[:5])
         raise UserError(f"{out}: holds a run of another recipe (different: {keys}); choose another --out")
-    if [entry.name for entry in recorded_dataset(out).classes] != [entry.name for entry in dataset.classes]:
-        raise UserError(f"{out}: this run knows other classes than {dataset.name} has now; choose another --out")
+    for key, was, now in zip(
+        ("classes", "scene.classes"), _labels(recorded_dataset(out)), _labels(dataset), strict=True
+    ):
+        if was != now:
+            raise UserError(f"{out}: this run knows other {key} than {dataset.name} has now; choose another --out")
+
+
+def _labels(dataset: DatasetSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What labels mean: the classes of pixels, and those of boxes."""
+    return tuple(entry.name for entry in dataset.classes), dataset.scene.classes if dataset.scene else ()
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Small rooms, with one view of a scene or several, and one short run on them; all are made once and never changed."""
+"""Rooms with several views of a scene, and one short run on the rooms; both are made once and never changed."""
 
 from __future__ import annotations
 
@@ -14,24 +14,11 @@ from tokenfusion import api
 
 
 @pytest.fixture(scope="session")
-def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "rooms"
-    api.prepare_rooms(out, train=6, val=3, height=32, width=64, seed=1)
-    return out
-
-
-@pytest.fixture(scope="session")
 def run(rooms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Points and images."""
     out = tmp_path_factory.mktemp("runs") / "run"
     api.train(recipe(rooms), out)
     return out
-
-
-@pytest.fixture
-def broken(rooms: Path, tmp_path: Path) -> Path:
-    """A copy of the rooms that a test may damage."""
-    return Path(shutil.copytree(rooms, tmp_path / "rooms"))
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tasks.walk import command
-from torch import Tensor
 
 from tokenfusion.backbones.vit import ViT
 from tokenfusion.backbones.yolos import Yolos
@@ -23,7 +20,6 @@ from tokenfusion.tasks.detection3d import DetectionTask, build_model
 from tokenfusion.tasks.detection3d.exchange import Exchange, TokenExchange
 from tokenfusion.tasks.detection3d.groupfree import GroupFree
 from tokenfusion.tasks.detection3d.model import FusedDetector
-from tokenfusion.train.checkpoint import Checkpoint, Checkpoints
 
 CLASSES, LAYERS = 3, 2
 SIZES = {"points": [64, 32, 16, 8], "radii": [0.5, 1.0, 1.5, 2.0], "samples": [8, 8, 8, 8], "width": 0.25}
@@ -123,24 +119,8 @@ def task(*overrides: str) -> DetectionTask:
     return DetectionTask(build_model(recipe, CLASSES), recipe).train()
 
 
-def lines(run: Path, split: str) -> list[dict[str, Any]]:
-    """The log of one split, without times."""
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("time", "split")} for line in found if line["split"] == split]
-
-
 def metrics(run: Path) -> dict[str, Any]:
     return dict(json.loads((run / "metrics.json").read_text()))
-
-
-def newest(run: Path) -> Checkpoint:
-    found = Checkpoints(run).newest()
-    assert found is not None
-    return found
-
-
-def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    return {name: hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest() for name, x in tensors.items()}
 
 
 def files_of(rooms: Path, id: str, *names: str) -> dict[str, Path]:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tasks.detection3d.small import boxes_of, files_of, lines, metrics, recipe, words
-from tasks.walk import command
+from tasks.detection3d.small import boxes_of, files_of, metrics, recipe, words
+from tasks.walk import command, lines
 
 import tokenfusion
 from tokenfusion import api

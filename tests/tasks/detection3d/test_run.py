@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from tasks.detection3d.small import digests, lines, metrics, newest, recipe, words
-from tasks.walk import command
+from tasks.detection3d.small import metrics, recipe, words
+from tasks.walk import PATIENCE, check_same_bits, command, digests, kill_at, lines, newest, start
 from torch.utils.data import DataLoader
 
 import tokenfusion
@@ -29,37 +24,13 @@ from tokenfusion.tasks.detection3d.run import _shared
 from tokenfusion.tasks.detection3d.task import scenes
 from tokenfusion.train import jsonable
 
-PATIENCE = 300.0  # seconds; a machine may be busy
-LAUNCHER_WORDS = ("LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTEST_CURRENT_TEST")
-
-
-def start(arguments: list[str], out: Path) -> subprocess.Popen[str]:
-    """``tokenfusion train`` in a process of its own."""
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_WORDS}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    line = [sys.executable, "-m", "tokenfusion.cli", "train", "toy-detection3d", *arguments, "--out", str(out)]
-    return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
 
 def test_killed_in_the_middle_ends_at_the_same_bits(rooms: Path, tmp_path: Path) -> None:
     changes = ["train.steps=8", "train.eval_every=4", "data.drop_images=0.3", "loss.image_steps=5"]
     api.train(recipe(rooms, *changes), tmp_path / "whole")
-    process = start(words(rooms, *changes), tmp_path / "cut")
-    deadline = time.monotonic() + PATIENCE
-    checkpoint = tmp_path / "cut" / "checkpoints" / "step-00000004"
-    while not checkpoint.is_dir() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    errors = process.communicate()[1]
-    assert checkpoint.is_dir(), errors
-    assert 4 <= newest(tmp_path / "cut").state["step"] < 8, "it was to die in the middle"
+    kill_at(start("toy-detection3d", words(rooms, *changes), tmp_path / "cut"), tmp_path / "cut", 4, 8)
     assert api.train(recipe(rooms, *changes), tmp_path / "cut").steps == 8
-    whole, cut = newest(tmp_path / "whole"), newest(tmp_path / "cut")
-    assert digests(whole.model) == digests(cut.model)
-    assert digests(whole.optimizer) == digests(cut.optimizer)
-    for split in ("train", "val"):
-        assert lines(tmp_path / "whole", split) == lines(tmp_path / "cut", split)
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    check_same_bits(tmp_path / "whole", tmp_path / "cut")
 
 
 class Apart:
@@ -89,7 +60,7 @@ def test_shares_of_processes_add_up(world: int, run: Path, rooms: Path) -> None:
 def test_two_processes_judge_as_one(rooms: Path, tmp_path: Path) -> None:
     """Batch norms see each process's own scenes, so weights differ from those of one process; figures must not."""
     changes = ["train.batch_size=4", "train.steps=3", "train.devices=2", "train.accelerator=cpu"]
-    process = start(words(rooms, *changes), tmp_path / "two")
+    process = start("toy-detection3d", words(rooms, *changes), tmp_path / "two")
     errors = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 0, errors
     assert newest(tmp_path / "two").state["devices"] == 2

@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tasks.walk import command, plain_image
+from tasks.walk import check_same_bits, command, kill_at, plain_image, start
 
 import tokenfusion
 from tokenfusion import api
@@ -78,35 +74,10 @@ def test_training_eval_and_predict_agree_to_the_last_digit(run: Path, rooms: Pat
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(rooms: Path, run: Path, tmp_path: Path) -> None:
-    arguments = [
-        "train",
-        "toy-segmentation",
-        f"data.root={rooms}",
-        "data.crop=[64, 96]",
-        *SMALL,
-        "--out",
-        str(tmp_path / "again"),
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tokenfusion.cli", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    first = tmp_path / "again" / "checkpoints" / "step-00000002"
-    deadline = time.monotonic() + 120
-    while not first.is_dir() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert first.is_dir(), "the run died before its first checkpoint"
-    again = api.train(
-        tokenfusion.read_recipe("toy-segmentation", [f"data.root={rooms}", "data.crop=[64, 96]", *SMALL]),
-        tmp_path / "again",
-    )
-    assert again.steps == 6
-    one, other = tokenfusion.load(run).state_dict(), tokenfusion.load(tmp_path / "again").state_dict()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    changes = [f"data.root={rooms}", "data.crop=[64, 96]", *SMALL]
+    kill_at(start("toy-segmentation", changes, tmp_path / "again"), tmp_path / "again", 2, 6)
+    assert api.train(tokenfusion.read_recipe("toy-segmentation", changes), tmp_path / "again").steps == 6
+    check_same_bits(run, tmp_path / "again")
 
 
 def test_predict_writes_label_overlay_and_scores(run: Path, rooms: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Small rooms, and a run of a few steps for every kind of target; runs are made once and never changed."""
+"""A run of a few steps for every kind of target; runs are made once and never changed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,6 @@ import pytest
 from tasks.translation.nano import recipe
 
 from tokenfusion import api
-
-
-@pytest.fixture(scope="session")
-def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "rooms"
-    api.prepare_rooms(out, train=6, val=3, height=32, width=64, seed=1)
-    return out
 
 
 @pytest.fixture(scope="session")

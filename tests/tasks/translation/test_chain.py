@@ -12,18 +12,13 @@ import torch
 import yaml
 from PIL import Image
 from tasks.translation.nano import NARROW, TASKS, recipe, words
-from tasks.walk import command
+from tasks.walk import command, lines
 
 import tokenfusion
 from tokenfusion import api
 
 BLOCKS = [*(f"enc{n}.0" for n in range(1, 6)), *(f"dec{n}.0" for n in range(1, 5))]
 FUSED = [*BLOCKS[:5]]  # where placement is last
-
-
-def lines(run: Path, split: str) -> list[dict[str, float]]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["split"] == split]
 
 
 def test_a_run_folder_is_complete(run: Path) -> None:

@@ -2,75 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from tasks.translation.nano import recipe, words
-from tasks.walk import command
-from torch import Tensor
+from tasks.walk import PATIENCE, check_same_bits, command, kill_at, lines, newest, start
 
 import tokenfusion
 from tokenfusion import api
 from tokenfusion.tasks.runs import recorded_dataset
-from tokenfusion.tasks.translation import run as verbs
-from tokenfusion.train.checkpoint import Checkpoint, Checkpoints
-
-PATIENCE = 300.0  # seconds; a machine may be busy
-LAUNCHER_WORDS = ("LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTEST_CURRENT_TEST")
-
-
-def start(arguments: list[str], out: Path) -> subprocess.Popen[str]:
-    """``tokenfusion train`` in a process of its own."""
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_WORDS}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    line = [sys.executable, "-m", "tokenfusion.cli", "train", "toy-translation", *arguments, "--out", str(out)]
-    return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def newest(run: Path) -> Checkpoint:
-    found = Checkpoints(run).newest()
-    assert found is not None
-    return found
-
-
-def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    return {name: hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest() for name, x in tensors.items()}
-
-
-def log(run: Path, split: str) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("time", "split")} for line in lines if line["split"] == split]
 
 
 def test_killed_in_the_middle_ends_at_the_same_bits(rooms: Path, tmp_path: Path) -> None:
     changes = ["train.steps=10", "train.eval_every=5", "data.drop_modality=0.3"]
     api.train(recipe(rooms, "normal", *changes), tmp_path / "whole")
-    process = start(words(rooms, "normal", *changes), tmp_path / "cut")
-    deadline = time.monotonic() + PATIENCE
-    checkpoint = tmp_path / "cut" / "checkpoints" / "step-00000004"
-    while not checkpoint.is_dir() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    errors = process.communicate()[1]
-    assert checkpoint.is_dir(), errors
-    assert 4 <= newest(tmp_path / "cut").state["step"] < 10, "it was to die in the middle"
+    kill_at(start("toy-translation", words(rooms, "normal", *changes), tmp_path / "cut"), tmp_path / "cut", 4, 10)
     assert api.train(recipe(rooms, "normal", *changes), tmp_path / "cut").steps == 10
-    whole, cut = newest(tmp_path / "whole"), newest(tmp_path / "cut")
-    assert digests(whole.model) == digests(cut.model)
-    assert digests(whole.optimizer) == digests(cut.optimizer)
-    assert {name.split("/")[0] for name in cut.optimizer} == {"discriminator", "generator"}
-    assert log(tmp_path / "whole", "train") == log(tmp_path / "cut", "train")
-    assert log(tmp_path / "whole", "val") == log(tmp_path / "cut", "val")
-    assert (tmp_path / "whole" / "metrics.json").read_text() == (tmp_path / "cut" / "metrics.json").read_text()
+    check_same_bits(tmp_path / "whole", tmp_path / "cut")
+    assert {name.split("/")[0] for name in newest(tmp_path / "cut").optimizer} == {"discriminator", "generator"}
 
 
 @pytest.mark.slow
@@ -78,19 +29,10 @@ def test_killed_again_and_again(rooms: Path, tmp_path: Path) -> None:
     changes = ["train.steps=40", "train.checkpoint_every=3", "train.eval_every=10"]
     api.train(recipe(rooms, "depth", *changes), tmp_path / "whole")
     for goal in (3, 9, 21, 30):
-        process = start(words(rooms, "depth", *changes), tmp_path / "cut")
-        deadline, checkpoint = time.monotonic() + PATIENCE, f"step-{goal:08d}"
-        while process.poll() is None and time.monotonic() < deadline:
-            if (tmp_path / "cut" / "checkpoints" / checkpoint).is_dir():
-                break
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert goal <= newest(tmp_path / "cut").state["step"] < 40
+        process = start("toy-translation", words(rooms, "depth", *changes), tmp_path / "cut")
+        kill_at(process, tmp_path / "cut", goal, 40)
     api.train(recipe(rooms, "depth", *changes), tmp_path / "cut")
-    whole, cut = newest(tmp_path / "whole"), newest(tmp_path / "cut")
-    assert digests({**whole.model, **whole.optimizer}) == digests({**cut.model, **cut.optimizer})
-    assert log(tmp_path / "whole", "val") == log(tmp_path / "cut", "val")
+    check_same_bits(tmp_path / "whole", tmp_path / "cut")
 
 
 @pytest.mark.slow
@@ -98,11 +40,13 @@ def test_two_processes_equal_one(rooms: Path, tmp_path: Path) -> None:
     """A target without holes: the mean over measured pixels is then one over equal shares."""
     changes = ["model.generator.drop_path=0", "train.batch_size=4", "train.steps=3", "train.log_every=1"]
     api.train(recipe(rooms, "rgb", *changes), tmp_path / "one")
-    process = start(words(rooms, "rgb", *changes, "train.devices=2", "train.accelerator=cpu"), tmp_path / "two")
+    process = start(
+        "toy-translation", words(rooms, "rgb", *changes, "train.devices=2", "train.accelerator=cpu"), tmp_path / "two"
+    )
     errors = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 0, errors
     for split in ("train", "val"):
-        for first, second in zip(log(tmp_path / "one", split), log(tmp_path / "two", split), strict=True):
+        for first, second in zip(lines(tmp_path / "one", split), lines(tmp_path / "two", split), strict=True):
             # donor_below is a mean of each process's ratio; kid_std is null, for all images are in the one subset
             names = [n for n, value in first.items() if value is not None and not n.startswith("donor_below")]
             assert [second[n] for n in names] == pytest.approx([first[n] for n in names], rel=2e-3, abs=2e-3), names
@@ -113,7 +57,7 @@ def test_two_processes_equal_one(rooms: Path, tmp_path: Path) -> None:
         first, second = (torch.cat([c.optimizer[name].flatten() for name in names]) for c in (one, two))
         assert (first - second).norm() < 0.01 * first.norm()
     own = json.loads((tmp_path / "two" / "metrics.json").read_text())
-    assert log(tmp_path / "two", "val")[-1]["ensemble/mae"] == pytest.approx(own["streams"]["ensemble"]["mae"])
+    assert lines(tmp_path / "two", "val")[-1]["ensemble/mae"] == pytest.approx(own["streams"]["ensemble"]["mae"])
 
 
 FEW_BITS = [("bf16", 2), pytest.param("fp16", 12, marks=pytest.mark.slow)]  # fp16 first finds its scale
@@ -127,7 +71,7 @@ def test_few_bits(precision: str, steps: int, rooms: Path, tmp_path: Path) -> No
     assert all(x.dtype == torch.float32 for name, x in checkpoint.model.items() if "position" not in name)
     assert {name.split("/")[0] for name in checkpoint.optimizer} == {"discriminator", "generator"}
     judged = json.loads((tmp_path / "metrics.json").read_text())["streams"]["ensemble"]
-    assert judged["mae"] == log(tmp_path, "val")[-1]["ensemble/mae"], "judged in full precision, both times"
+    assert judged["mae"] == lines(tmp_path, "val")[-1]["ensemble/mae"], "judged in full precision, both times"
     assert all(torch.isfinite(x).all() for x in checkpoint.model.values() if x.is_floating_point())
 
 
@@ -136,7 +80,7 @@ def collapsed(run: Path, out: Path) -> Path:
     made = api.recipe_of(run)
     weights = tokenfusion.load(run).state_dict()
     weights["head.project.weight"] = torch.zeros_like(weights["head.project.weight"])
-    verbs.save(made, recorded_dataset(run), weights, out)  # type: ignore[arg-type]
+    api.save(made, recorded_dataset(run), weights, out)  # type: ignore[arg-type]
     return out
 
 

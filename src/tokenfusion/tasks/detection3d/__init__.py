@@ -2,7 +2,7 @@
 
 from tokenfusion.data.scenes import SceneBatch
 from tokenfusion.tasks.detection3d.model import DetectionOutput, FusedDetector
-from tokenfusion.tasks.detection3d.run import evaluate, load, predict, save, train
+from tokenfusion.tasks.detection3d.run import judge, modalities_of, model_of, predictor, train
 from tokenfusion.tasks.detection3d.settings import DetectionRecipe as Recipe
 from tokenfusion.tasks.detection3d.task import COMPONENTS, DetectionTask, build_model
 
@@ -23,9 +23,9 @@ __all__ = [
     "Recipe",
     "SceneBatch",
     "build_model",
-    "evaluate",
-    "load",
-    "predict",
-    "save",
+    "judge",
+    "modalities_of",
+    "model_of",
+    "predictor",
     "train",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokenfusion.backbones.block import multi_head
 from tokenfusion.backbones.pointnet2 import Pointwise
 
 
@@ -28,9 +29,7 @@ class Attention(nn.Module):
             weight, bias = self.qkv.weight, self.qkv.bias
             q = F.linear(x, weight[:dim], bias[:dim])
             k, v = F.linear(context, weight[dim:], bias[dim:]).split(dim, -1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return self.proj(multi_head(q, k, v, self.heads, dropout=self.dropout if self.training else 0.0))
 
 
 class PositionEmbedding(nn.Module):

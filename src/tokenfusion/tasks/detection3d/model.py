@@ -140,6 +140,7 @@ class _Meeting:
     def __init__(self, model: FusedDetector, image: Yolos, xyz: Tensor, images: Tensor, projection: Tensor) -> None:
         self.model, self.image, self.views = model, image, images.shape[1]
         self.tokens, self.grid = image.embed(images.flatten(0, 1))
+        self.position = resampled(image.vit.pos_embed, image.vit.grid, self.grid)[:, 1:].detach()
         pixels, depth = project(xyz.unsqueeze(1), projection)
         size = (images.shape[-2], images.shape[-1])
         self.geometry = Geometry(*patch_index(pixels, depth, size, image.patch))
@@ -149,8 +150,7 @@ class _Meeting:
     def __call__(self, layer: int, key: Tensor) -> Tensor:
         model, patches = self.model, slice(1, 1 + self.grid[0] * self.grid[1])
         if layer > 0 and model.alignment:
-            position = resampled(self.image.vit.pos_embed, self.image.vit.grid, self.grid)[:, 1:].detach()
-            self.tokens = _put(self.tokens, patches, self.tokens[:, patches] + position)
+            self.tokens = _put(self.tokens, patches, self.tokens[:, patches] + self.position)
         for block in model.pairs[layer]:
             self.tokens = self.image.block(block, self.tokens, self.grid)
         seen = self.tokens[:, patches].unflatten(0, (-1, self.views))

@@ -2,7 +2,7 @@
 
 from tokenfusion.data.frames import Batch
 from tokenfusion.tasks.segmentation.model import FusedSegmenter, SegmentationOutput
-from tokenfusion.tasks.segmentation.run import evaluate, load, predict, save, train
+from tokenfusion.tasks.segmentation.run import judge, modalities_of, model_of, predictor, train
 from tokenfusion.tasks.segmentation.settings import SegmentationRecipe as Recipe
 from tokenfusion.tasks.segmentation.task import COMPONENTS, SegmentationTask, build_model
 
@@ -14,9 +14,9 @@ __all__ = [
     "SegmentationOutput",
     "SegmentationTask",
     "build_model",
-    "evaluate",
-    "load",
-    "predict",
-    "save",
+    "judge",
+    "modalities_of",
+    "model_of",
+    "predictor",
     "train",
 ]

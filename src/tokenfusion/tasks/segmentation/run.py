@@ -1,27 +1,18 @@
-"""The verbs of a segmentation run: train, evaluate, predict, load."""
+"""What is particular to a segmentation run: how it is trained, judged, and predicts."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tokenfusion.components import write_text
 from tokenfusion.data.folder import DatasetSpec, Folder
 from tokenfusion.data.frames import collate
 from tokenfusion.errors import UserError
 from tokenfusion.tasks.fusing import exchange_figures
-from tokenfusion.tasks.runs import (
-    device_of,
-    is_started,
-    judged_folder,
-    load_run,
-    save_weights,
-    settle,
-)
+from tokenfusion.tasks.runs import Judged, is_started, settle
 from tokenfusion.tasks.segmentation.inference import Evaluation, Result
 from tokenfusion.tasks.segmentation.inference import evaluate as evaluate_frames
 from tokenfusion.tasks.segmentation.metrics import segmentation_scores
@@ -34,7 +25,7 @@ from tokenfusion.train import Engine, FitResult, fit
 
 
 def train(recipe: SegmentationRecipe, out: Path, trust: bool = False) -> FitResult:
-    """Train into a run folder, or go on from its newest checkpoint; ends with metrics.json and samples."""
+    """Train into a run folder, or go on from its newest checkpoint."""
     folder = Folder(recipe.data.root)
     if not folder.has_target:
         raise UserError(f"{folder.file}: training needs a target")
@@ -46,14 +37,11 @@ def train(recipe: SegmentationRecipe, out: Path, trust: bool = False) -> FitResu
     settle(recipe, folder.spec, out)
     task = SegmentationTask(model, recipe)
 
-    def judge(engine: Engine) -> dict[str, float]:
+    def validate(engine: Engine) -> dict[str, float]:
         result = _judged(task.model, validation, recipe.evaluation, engine)
         return {f"{stream}/{k}": v for stream, figures in _streams(result).items() for k, v in figures.items()}
 
-    result = fit(task, training, out, recipe.train, seed=recipe.seed, evaluate=judge, collate=collate)
-    if result.is_first:
-        evaluate(out, recipe, None, None, None, "last", trust)
-    return result
+    return fit(task, training, out, recipe.train, seed=recipe.seed, evaluate=validate, collate=collate)
 
 
 def _judged(model: FusedSegmenter, validation: Any, protocol: Evaluation, engine: Engine) -> Result:
@@ -74,53 +62,34 @@ def _streams(result: Result) -> dict[str, dict[str, float]]:
     return streams
 
 
-def load(
-    run: Path,
+def modalities_of(recipe: SegmentationRecipe) -> tuple[str, ...]:
+    """The modalities whose files a run reads."""
+    return recipe.data.modalities
+
+
+def model_of(recipe: SegmentationRecipe, dataset: DatasetSpec, source: Path, trust: bool) -> FusedSegmenter:
+    """A fresh model for the classes of a data set."""
+    return build_model(recipe, len(dataset.classes), trust)
+
+
+def judge(
+    model: FusedSegmenter,
+    dataset: DatasetSpec,
     recipe: SegmentationRecipe,
-    checkpoint: str = "last",
-    trust: bool = False,
-    device: str | torch.device = "cpu",
-) -> tuple[FusedSegmenter, DatasetSpec, dict[str, Any]]:
-    """The trained model in eval mode, the data set's description and the checkpoint's state."""
-    return load_run(
-        run,
-        recipe.data.modalities,
-        lambda dataset: build_model(recipe, len(dataset.classes), trust),
-        checkpoint,
-        device,
-    )
-
-
-def save(recipe: SegmentationRecipe, dataset: DatasetSpec, tensors: Mapping[str, torch.Tensor], out: Path) -> None:
-    """Write weights from elsewhere as a run folder."""
-    save_weights(build_model(recipe, len(dataset.classes)), tensors, recipe, dataset, out)
-
-
-def evaluate(
-    run: Path,
-    recipe: SegmentationRecipe,
-    data: str | Path | None,
-    split: str | None,
-    protocol: Evaluation | None,
-    checkpoint: str = "last",
-    trust: bool = False,
-) -> dict[str, Any]:
-    """Judge a run on a split and write ``metrics.json``; on the recipe's own split ``samples/`` too."""
-    model, dataset, state = load(run, recipe, checkpoint, trust, device_of(recipe.train))
-    folder = judged_folder(run, recipe.data.root, data)
+    folder: Folder,
+    split: str,
+    protocol: Evaluation,
+    trust: bool,
+) -> Judged:
+    """Judge a model on a split of a folder."""
     if not folder.has_target:
         raise UserError(f"{folder.file}: evaluation needs a target; predict does without")
     if folder.classes != [entry.name for entry in dataset.classes]:
         raise UserError(f"{folder.file}: has other classes than the data that this run was trained on")
-    is_own = data is None and split in (None, recipe.data.val) and protocol is None and checkpoint == "last"
-    split, protocol = split or recipe.data.val, protocol or recipe.evaluation
     judged = frames(recipe, folder, split)
     result = evaluate_frames(model, judged, len(folder.classes), protocol)
     per_class = {name: segmentation_scores(matrix) for name, matrix in result.confusion.items()}
-    content = {
-        "task": "segmentation",
-        "dataset": folder.name,
-        "split": split,
+    figures = {
         "images": result.images,
         "protocol": str(protocol),
         "primary": "miou",
@@ -128,31 +97,14 @@ def evaluate(
         "classes": folder.classes,
         "per_class": {n: {"iou": _list(s.iou), "accuracy": _list(s.accuracy)} for n, s in per_class.items()},
         **exchange_figures(result.rates, model.modalities),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "checkpoint": checkpoint,
-        "step": state["step"],
     }
-    write_text(run / "metrics.json", json.dumps(content, indent=1))
-    if is_own:
-        write_samples(model, judged, protocol, run / "samples")
-    return content
+    return Judged(figures, partial(write_samples, model, judged, protocol))
 
 
 def _list(values: torch.Tensor) -> list[float | None]:
     return [None if v != v else v for v in values.tolist()]
 
 
-def predict(
-    run: Path,
-    recipe: SegmentationRecipe,
-    out: Path,
-    files: Mapping[str, str | Path] | None,
-    data: str | Path | None,
-    split: str | None,
-    checkpoint: str = "last",
-    trust: bool = False,
-) -> list[Path]:
-    """Predict on single files or a data set folder; returns the written files."""
-    model, dataset, _ = load(run, recipe, checkpoint, trust, device_of(recipe.train))
-    predictor = SegmentationPredictor(model, dataset, recipe.evaluation, recipe.data.resize)
-    return predictor.run(files, data, split, out)
+def predictor(model: FusedSegmenter, dataset: DatasetSpec, recipe: SegmentationRecipe) -> SegmentationPredictor:
+    """What predicts on one's own files."""
+    return SegmentationPredictor(model, dataset, recipe.evaluation, recipe.data.resize)

@@ -3,7 +3,7 @@
 from tokenfusion.data.frames import Batch
 from tokenfusion.tasks.translation.inference import Evaluation
 from tokenfusion.tasks.translation.model import Discriminator, FusedTranslator, TranslationOutput
-from tokenfusion.tasks.translation.run import evaluate, load, predict, save, train
+from tokenfusion.tasks.translation.run import judge, modalities_of, model_of, predictor, train
 from tokenfusion.tasks.translation.settings import TranslationRecipe as Recipe
 from tokenfusion.tasks.translation.task import COMPONENTS, TranslationTask, build_discriminator, build_model
 
@@ -18,9 +18,9 @@ __all__ = [
     "TranslationTask",
     "build_discriminator",
     "build_model",
-    "evaluate",
-    "load",
-    "predict",
-    "save",
+    "judge",
+    "modalities_of",
+    "model_of",
+    "predictor",
     "train",
 ]
