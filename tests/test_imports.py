@@ -23,6 +23,7 @@ ROOMS: dict[str, set[str]] = {
     "bench": {"contestants", "recipe"},
     "study": {"api", "recipe", "report"},
     "convert": {"api", "recipe", "backbones", "data"},
+    "tables": {"report"},
     "cli": EVERYTHING,
     "__init__": EVERYTHING,
     "__main__": {"cli"},

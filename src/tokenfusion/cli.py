@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
 
 from tokenfusion.errors import UserError, nearest
 
@@ -33,6 +32,7 @@ def _common(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks
 @app.command("ls")
 def list_(as_json: Json = False) -> None:
     """Recipes, fusers, backbones, data sets."""
+    from tokenfusion import tables
     from tokenfusion.api import DATASETS
     from tokenfusion.backbones import mirror, yolos
     from tokenfusion.backbones.mit import DEPTHS
@@ -54,10 +54,7 @@ def list_(as_json: Json = False) -> None:
     if as_json:
         return _json(content)
     for title, entries in content.items():
-        table = Table(title=title, title_justify="left", show_header=False, box=None, title_style="bold")
-        for name, text in entries.items():
-            table.add_row(name, text)
-        out_console.print(table, "")
+        out_console.print(tables.listed(title, entries), "")
 
 
 @app.command()
@@ -124,12 +121,12 @@ def train(
     trust: Trust = False,
 ) -> None:
     """Train a recipe; goes on by itself where the run folder holds a checkpoint."""
-    from tokenfusion import api
+    from tokenfusion import api, tables
     from tokenfusion.recipe import read_recipe
 
     result = api.train(read_recipe(recipe, overrides or []), out, trust)
     if result.is_first:
-        _print_figures(json.loads((out / "metrics.json").read_text()))
+        out_console.print(tables.figures(json.loads((out / "metrics.json").read_text())))
 
 
 @app.command("eval")
@@ -151,7 +148,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Judge a run; prints a table and writes metrics.json."""
-    from tokenfusion import api
+    from tokenfusion import api, tables
     from tokenfusion.recipe import evaluation_changes
     from tokenfusion.tasks.segmentation.inference import MULTI_SCALE
 
@@ -161,9 +158,9 @@ def evaluate(
     metrics = api.evaluate(run, data, split, evaluation, checkpoint, trust)
     if as_json:
         return _json(metrics)
-    _print_figures(metrics)
+    out_console.print(tables.figures(metrics))
     if per_class:
-        _print_classes(metrics)
+        out_console.print(tables.classes(metrics))
 
 
 @app.command()
@@ -243,6 +240,7 @@ def bench(
     """Time, memory, parameters and FLOPs, beside the unfused streams and what else the task is measured against."""
     import torch
 
+    from tokenfusion import tables
     from tokenfusion.bench import bench as run
 
     rows, _, columns = (size or "").partition("x")
@@ -253,20 +251,7 @@ def bench(
     result = run(recipe, overrides or [], (int(rows), int(columns)) if size else None, rounds)
     if as_json:
         return _json(result)
-    shown = "x".join(map(str, result["size"]))
-    title = f"{recipe} at {shown}, {result['threads']} threads, {result['device']}, torch {result['torch']}"
-    table = Table("", "seconds", "fastest", "peak MB", "training peak MB", "million parameters", "GFLOP", title=title)
-    for name, row in result["rows"].items():
-        cells = [
-            row["seconds"],
-            row["fastest"],
-            row["peak_mb"],
-            row["training_peak_mb"],
-            row["parameters"] / 1e6,
-            row["gflop"],
-        ]
-        table.add_row(name, *("" if c is None else f"{c:.{3 if i < 2 else 1}f}" for i, c in enumerate(cells)))
-    out_console.print(table)
+    out_console.print(tables.race(result))
     for name, ratio in result["ratios"].items():
         typer.echo(f"{name}: {ratio:.3f}")
 
@@ -331,39 +316,6 @@ def _check_options(run: Path, task: str, per_class: bool, multi_scale: bool) -> 
         raise UserError(f"--per-class: {run} is a translation, which has no classes; leave it out")
     if multi_scale and task != "segmentation":
         raise UserError(f"--multi-scale: {run} is a run of {task}; only segmentation is judged at several scales")
-
-
-def _print_figures(metrics: dict[str, Any]) -> None:
-    from tokenfusion.report import metric
-    from tokenfusion.report.rows import rows_of
-
-    streams, target = metrics["streams"], f", target {metrics['target']}" if metrics.get("target") else ""
-    rows = rows_of(metrics.get("task", ""))
-    title = (
-        f"{metrics['dataset']} {metrics['split']}, {metrics['images']} {rows.judged}s, step {metrics['step']}{target}"
-    )
-    columns = metric.names([streams], metrics["primary"])
-    first = Column(rows.noun, overflow="fold", min_width=10)
-    table = Table(first, *map(metric.heading, columns), title=title, caption=metrics["protocol"])
-    for stream, figures in streams.items():
-        values = [metric.number(figures.get(name), name, least=2) for name in columns]
-        table.add_row(stream, *values, style="bold" if stream == rows.leader else None)
-    out_console.print(table)
-
-
-def _print_classes(metrics: dict[str, Any]) -> None:
-    """The IoU of every stream, or all figures of a detector's last head."""
-    from tokenfusion.report import metric
-
-    tables = metrics["per_class"]
-    columns = {stream: ("iou", table["iou"]) for stream, table in tables.items() if "iou" in table}
-    title = "IoU per class" if columns else f"per class, {' '.join(tables)} head"
-    if not columns:
-        columns = {metric.heading(kind): (kind, table[kind]) for table in tables.values() for kind in table}
-    table = Table("class", *columns, title=title)
-    for index, name in enumerate(metrics["classes"]):
-        table.add_row(name, *(metric.number(column[index], kind, least=2) for kind, column in columns.values()))
-    out_console.print(table)
 
 
 def main() -> None:
