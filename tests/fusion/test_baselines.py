@@ -131,9 +131,9 @@ class _Handing(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.drop = nn.Identity()
+        self.norm1 = self.drop = nn.Identity()
 
-    def attend(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def attention(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         return x
 
     def feed(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -273,9 +273,6 @@ class Pointwise(nn.Module):
     def attention(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         return x
 
-    def attend(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return x
-
     def feed(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         return torch.zeros_like(x)
 

@@ -39,12 +39,9 @@ class PreNormBlock(nn.Module):
         self.mlp = mlp
         self.drop = StochasticDepth(drop_path, "row")
 
-    def attend(self, x: Tensor, grid: Grid) -> Tensor:
-        return self.attention(self.norm1(x), grid)
-
     def feed(self, x: Tensor, grid: Grid) -> Tensor:
         return self.mlp(self.norm2(x), grid)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        x = x + self.drop(self.attend(x, grid))
+        x = x + self.drop(self.attention(self.norm1(x), grid))
         return x + self.drop(self.feed(x, grid))

@@ -18,6 +18,8 @@ class Concat(Fuser):
     keys are masked.
     """
 
+    attends_to_all = True
+
     def forward(self, block: Block, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
         x = ctx.align(x)
         normed = block.norm1(merge(x))
@@ -33,15 +35,13 @@ class Concat(Fuser):
 class Average(Fuser):
     """Aligned features are averaged: every stream receives the mean attention output of the streams that are present."""
 
-    def forward(self, block: Block, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
-        x = ctx.align(x)
-        attended = split(block.attend(merge(x), ctx.grid), x.shape[0])
+    def leave(self, attended: Tensor, scores: Tensor | None, ctx: Context) -> Tensor:
         if ctx.present is None:
             mean = attended.mean(0, keepdim=True)
         else:
             there = ctx.present.to(attended.dtype)
             mean = (attended * (there / there.sum(0))[:, :, None, None]).sum(0, keepdim=True)
-        return residual(block, x, mean.expand_as(x), ctx.grid), None
+        return mean.expand_as(attended)
 
 
 class Random(Fuser):
@@ -60,16 +60,14 @@ class Random(Fuser):
             raise ValueError(f"rate must be in 0..1, not {rate}")
         self.rate = rate
 
-    def forward(self, block: Block, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
-        x = ctx.align(x)
-        attended = split(block.attend(merge(x), ctx.grid), x.shape[0])
-        if self.modalities > 1:
-            attended = behind_prefix(
-                attended,
-                ctx.prefix,
-                lambda e: substitute(e, self.stand_in(e, ctx.present), self._drawn(e, ctx.present)),
-            )
-        return residual(block, x, attended, ctx.grid), None
+    def leave(self, attended: Tensor, scores: Tensor | None, ctx: Context) -> Tensor:
+        if self.modalities == 1:
+            return attended
+        return behind_prefix(
+            attended,
+            ctx.prefix,
+            lambda e: substitute(e, self.stand_in(e, ctx.present), self._drawn(e, ctx.present)),
+        )
 
     def _drawn(self, x: Tensor, present: Tensor | None) -> Tensor:
         if self.training:

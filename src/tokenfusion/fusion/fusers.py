@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,6 @@ class Block(Protocol):
     attention: Any  # (tokens, grid, context=None, mask=None); .reduce(tokens, grid) makes a stream's own context
     mlp: Any  # (tokens, grid)
     drop: Any  # stochastic depth
-
-    def attend(self, x: Tensor, grid: Grid) -> Tensor: ...  # attention(norm1(x))
 
     def feed(self, x: Tensor, grid: Grid) -> Tensor: ...  # mlp(norm2(x))
 
@@ -55,8 +53,19 @@ class Context:
         return x if self.position is None else x + self.position
 
 
+class Entry(NamedTuple):
+    """What a fuser decides where a block begins."""
+
+    x: Tensor  # [M, B, N, C]: the tokens that the block works on
+    scores: Tensor | None = None  # [M, B, N] of the tokens behind the prefix; None where the method does not score
+    weight: Tensor | None = None  # [M, B, prefix + N], what the normed tokens are weighed by before attention
+
+
 class Fuser(nn.Module):
-    """One block on all streams: ``fuser(block, x, ctx) -> (x, scores)`` with ``x [M, B, N, C]``, ``scores [M, B, N]`` or None.
+    """How one block runs on all streams, from two decisions: :meth:`enter` before it, :meth:`leave` behind its attention.
+
+    ``fuser(block, x, ctx) -> (x, scores)`` runs a block of the contract, ``x [M, B, N, C]``, ``scores [M, B, N]`` or None.
+    Blocks that run themselves (those of foreign networks) call the two decisions from inside.
 
     Args:
         dim: token width C.
@@ -66,6 +75,8 @@ class Fuser(nn.Module):
     """
 
     threshold: float | None = None
+    weighs_input = False  # uses Entry.weight, which takes a norm before attention
+    attends_to_all = False  # every stream's queries attend to the keys of all streams
 
     def __init__(self, dim: int, modalities: int, stage: int = 0, seed: int = 0) -> None:
         super().__init__()
@@ -73,8 +84,21 @@ class Fuser(nn.Module):
         self.stage = stage
         self.seed = seed
 
+    def enter(self, x: Tensor, ctx: Context) -> Entry:
+        """Before the block, on its input ``x [M, B, N, C]``."""
+        return Entry(ctx.align(x))
+
+    def leave(self, attended: Tensor, scores: Tensor | None, ctx: Context) -> Tensor:
+        """Behind the block's attention, on that residual branch ``[M, B, N, C]`` before it is added."""
+        return attended
+
     def forward(self, block: Block, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError
+        entry = self.enter(x, ctx)
+        normed = block.norm1(merge(entry.x))
+        if entry.weight is not None:
+            normed = normed * merge(entry.weight).unsqueeze(-1)
+        attended = split(block.attention(normed, ctx.grid), len(x))
+        return residual(block, entry.x, self.leave(attended, entry.scores, ctx), ctx.grid), entry.scores
 
     def stand_in(self, x: Tensor, present: Tensor | None) -> Tensor:
         """For every token the same position of the modality allotted to it (Eq. 2 and 3 with h = identity, Eq. 7)."""
@@ -97,10 +121,6 @@ def residual(block: Block, x: Tensor, attended: Tensor, grid: Grid) -> Tensor:
 
 class NoFusion(Fuser):
     """The streams never meet before the ensemble ("late ensemble"; with one modality: the plain network)."""
-
-    def forward(self, block: Block, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
-        x = ctx.align(x)
-        return residual(block, x, split(block.attend(merge(x), ctx.grid), x.shape[0]), ctx.grid), None
 
 
 class TokenFusion(Fuser):
@@ -137,25 +157,22 @@ class TokenFusion(Fuser):
         self.threshold: float = threshold
         self.score = ScorePredictor(dim, modalities, init_bias)
 
-    def forward(self, block: Block, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
-        fuse = self._released if self.rule == "released" else self._paper
-        x, attended, scores = fuse(block, x, ctx)
-        return residual(block, x, attended, ctx.grid), scores
+    @property
+    def weighs_input(self) -> bool:  # type: ignore[override]
+        return self.rule == "paper"
 
-    def _released(self, block: Block, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
-        x = ctx.align(x)
+    def enter(self, x: Tensor, ctx: Context) -> Entry:
+        if self.rule == "released":
+            x = ctx.align(x)
+            return Entry(x, self._scores(x, ctx))
         scores = self._scores(x, ctx)
-        weight = _pad_prefix(scores, ctx.prefix)
-        attended = split(block.attend(merge(x), ctx.grid), self.modalities) * weight.unsqueeze(-1)
-        return x, self._exchange(attended, scores, ctx), scores
+        weight = self._exchange(_pad_prefix(scores, ctx.prefix).unsqueeze(-1), scores, ctx).squeeze(-1)
+        return Entry(ctx.align(self._exchange(x, scores, ctx)), scores, weight)  # Eq. 6, "before each layer"; Eq. 4
 
-    def _paper(self, block: Block, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor]:
-        scores = self._scores(x, ctx)
-        weight = _pad_prefix(scores, ctx.prefix)
-        x = ctx.align(self._exchange(x, scores, ctx))  # Eq. 6, "before each transformer layer"
-        weight = self._exchange(weight.unsqueeze(-1), scores, ctx)
-        weighed = block.norm1(merge(x)) * merge(weight)  # Eq. 4
-        return x, split(block.attention(weighed, ctx.grid), self.modalities), scores
+    def leave(self, attended: Tensor, scores: Tensor | None, ctx: Context) -> Tensor:
+        if self.rule == "paper" or scores is None:
+            return attended
+        return self._exchange(attended * _pad_prefix(scores, ctx.prefix).unsqueeze(-1), scores, ctx)
 
     def _scores(self, x: Tensor, ctx: Context) -> Tensor:
         scores = self.score(x[:, :, ctx.prefix :] if ctx.prefix else x)
