@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING, Any
 from tokenfusion.errors import UserError
 
 if TYPE_CHECKING:
-    from tokenfusion.api import load
+    from tokenfusion.api import fuse, load
     from tokenfusion.recipe import read_recipe
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "load", "read_recipe"]  # every verb of the command line is a function of tokenfusion.api
+__all__ = [
+    "UserError",
+    "fuse",
+    "load",
+    "read_recipe",
+]  # every verb of the command line is a function of tokenfusion.api
 
 
 def __getattr__(name: str) -> Any:
     """Imported when asked for: torch takes seconds, and ``tokenfusion --help`` needs none of it."""
-    homes = {"load": "tokenfusion.api", "read_recipe": "tokenfusion.recipe"}
+    homes = {"fuse": "tokenfusion.api", "load": "tokenfusion.api", "read_recipe": "tokenfusion.recipe"}
     if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(homes[name]), name)

@@ -6,16 +6,19 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
-from tokenfusion.components import explain, read_yaml, write_text
+from tokenfusion.backbones.hub import FusedNetwork, FuserFactory
+from tokenfusion.components import FUSERS, TARGET, explain, maker, read_yaml, write_text
 from tokenfusion.data.folder import DatasetSpec
 from tokenfusion.errors import UserError, nearest
+from tokenfusion.tasks.fusing import FUSER_GIVEN
 from tokenfusion.tasks.runs import device_of, judged_folder, load_run, save_weights
 from tokenfusion.train import FitResult
 
@@ -117,6 +120,50 @@ def prepare_rooms(
     from tokenfusion.data.prepare import rooms
 
     return rooms.prepare(Path(out), train, val, height, width, seed)
+
+
+def fuse(
+    network: nn.Module,
+    modalities: Sequence[str] | Mapping[str, int],
+    fuser: str | Mapping[str, Any] | FuserFactory | None = None,
+    *,
+    example: Tensor | None = None,
+    score_nets: Literal["stage", "block"] = "block",
+    blocks: Sequence[int] | None = None,
+    alignment: bool = False,
+    seed: int = 0,
+    trust: bool = False,
+) -> FusedNetwork:
+    """Make one network for several aligned modalities out of a single-modal one: shared weights, private norms.
+
+    Args:
+        network: of timm, of Hugging Face, or any module whose blocks have an attention and an MLP; it is used, not copied.
+        modalities: names of the streams; with channels where they differ from the network's: ``{"rgb": 3, "depth": 1}``.
+        fuser: a word (``tokenfusion``, ``tokenfusion-paper``, ``concat``, ``average``, ``random``, ``none``), a component
+            (``{"_target_": "tokenfusion.fusion.TokenFusion", "threshold": 0.02}``), or what makes a fuser from (dim,
+            modalities, stage). None: TokenFusion by the released rule, theta 0.02, whose scores start at 0.95, so that a
+            pretrained network is hardly weakened on the first day.
+        example: an input ``[B, ...]``, for modules that are neither of timm nor of Hugging Face.
+        score_nets, blocks, alignment: see :class:`~tokenfusion.backbones.hub.FusedNetwork`.
+        seed: of the group allocation with more than two modalities.
+        trust: build fusers outside of tokenfusion.
+
+    Raises:
+        UserError: where the network has no block that can be fused, or the fuser does not fit; the block is named.
+
+    Example: ``model = tokenfusion.fuse(timm.create_model("vit_small_patch14_dinov2", pretrained=True), ["rgb", "depth"])``
+    """
+    if fuser is None:
+        fuser = {TARGET: "tokenfusion.fusion.TokenFusion", "init_bias": 3.0}
+    if isinstance(fuser, str):
+        if fuser not in FUSERS:
+            raise UserError(f"fuser is {fuser!r}; {nearest(fuser, FUSERS)}")
+        fuser = FUSERS[fuser]
+    make = fuser
+    if isinstance(fuser, Mapping):
+        make = partial(maker(fuser, "fuser", FUSER_GIVEN, trust), seed=seed)
+    model = FusedNetwork(network, modalities, cast("FuserFactory", make), example, score_nets, blocks, alignment)
+    return model
 
 
 def train(recipe: Recipe, out: str | Path, trust: bool = False) -> FitResult:

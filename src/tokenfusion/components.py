@@ -21,6 +21,17 @@ TARGET = "_target_"
 PARTS = ("tokenfusion.fusion.", "tokenfusion.backbones.", "tokenfusion.tasks.")  # where parts of networks live
 
 
+# one word on the command line: fuser=concat
+FUSERS: dict[str, dict[str, Any]] = {
+    "none": {TARGET: "tokenfusion.fusion.NoFusion"},
+    "concat": {TARGET: "tokenfusion.fusion.Concat"},
+    "average": {TARGET: "tokenfusion.fusion.Average"},
+    "random": {TARGET: "tokenfusion.fusion.Random"},
+    "tokenfusion": {TARGET: "tokenfusion.fusion.TokenFusion"},
+    "tokenfusion-paper": {TARGET: "tokenfusion.fusion.TokenFusion", "rule": "paper"},
+}
+
+
 class Section(BaseModel):
     """A part of a recipe: unknown keys are refused."""
 

@@ -11,21 +11,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from tokenfusion.api import TASKS, Recipe, task_package
-from tokenfusion.components import TARGET, explain, maker
+from tokenfusion.components import FUSERS, TARGET, explain, maker
 from tokenfusion.errors import UserError, nearest
 
 SHIPPED = Path(__file__).parent / "recipes"
 DEFAULT_TASK = "segmentation"  # of a recipe that names none
-
-# one word on the command line: fuser=concat
-FUSERS: dict[str, dict[str, Any]] = {
-    "none": {TARGET: "tokenfusion.fusion.NoFusion"},
-    "concat": {TARGET: "tokenfusion.fusion.Concat"},
-    "average": {TARGET: "tokenfusion.fusion.Average"},
-    "random": {TARGET: "tokenfusion.fusion.Random"},
-    "tokenfusion": {TARGET: "tokenfusion.fusion.TokenFusion"},
-    "tokenfusion-paper": {TARGET: "tokenfusion.fusion.TokenFusion", "rule": "paper"},
-}
 
 
 class _Loader(yaml.SafeLoader):

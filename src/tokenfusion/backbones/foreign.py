@@ -1,0 +1,118 @@
+"""How networks of timm and of Hugging Face are asked: their input, their features, their position embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokenfusion.backbones.survey import BlockPlan, first_tensor
+from tokenfusion.errors import UserError
+from tokenfusion.fusion.fusers import Grid
+
+
+def kind_of(network: nn.Module) -> str:
+    """``"timm"``, ``"hf"`` or ``"module"``, told by what the network offers."""
+    if hasattr(network, "forward_features") and hasattr(network, "forward_head"):
+        return "timm"
+    return "hf" if hasattr(network, "main_input_name") and hasattr(network, "config") else "module"
+
+
+def call(network: nn.Module, x: Tensor) -> tuple[Any, Any]:
+    """Features of the last layer and the network's own answer; for other modules the answer twice."""
+    kind = kind_of(network)
+    if kind == "timm":
+        features = network.forward_features(x)  # type: ignore[operator]
+        return features, network.forward_head(features)  # type: ignore[operator]
+    if kind == "hf":
+        output = network(**{str(network.main_input_name): x})
+        return getattr(output, "last_hidden_state", None), output
+    output = network(x)
+    return output, output
+
+
+def answer_of(output: Any) -> Tensor:
+    """The tensor of an answer that an ensemble can average: logits, else pooled features, else the first tensor.
+
+    Raises:
+        UserError: where there is none.
+    """
+    for name in ("logits", "pooler_output"):
+        value = getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
+    values = output.to_tuple() if hasattr(output, "to_tuple") else output
+    tensor = first_tensor(values)
+    if tensor is None:
+        raise UserError(f"the network answers with {type(output).__name__}, which holds no tensor to average")
+    return tensor
+
+
+def example_of(network: nn.Module) -> Tensor:
+    """Two inputs of zeros, of the size that a network of timm or Hugging Face is made for.
+
+    Raises:
+        UserError: for other modules: give one yourself.
+    """
+    kind = kind_of(network)
+    device = next(network.parameters()).device
+    if kind == "timm":
+        cfg = getattr(network, "pretrained_cfg", {})
+        channels, *size = cfg.get("input_size", (3, 224, 224))
+        if isinstance(cfg.get("first_conv"), str):
+            channels = getattr(network.get_submodule(cfg["first_conv"]), "in_channels", channels)
+        size = getattr(getattr(network, "patch_embed", None), "img_size", None) or size
+        return torch.zeros(2, channels, *size, device=device)
+    if kind == "hf":
+        config: Any = network.config
+        if network.main_input_name == "input_values":  # spectrograms: time, frequencies
+            return torch.zeros(2, config.max_length, config.num_mel_bins, device=device)
+        size = getattr(config, "image_size", 224)
+        rows, columns = (size, size) if isinstance(size, int) else size
+        return torch.zeros(2, getattr(config, "num_channels", 3), rows, columns, device=device)
+    raise UserError(f"{type(network).__name__} is not of timm or Hugging Face: give fuse() an example= input [B, ...]")
+
+
+def position_parameter(network: nn.Module, dim: int) -> str | None:
+    """Name of the absolute position embedding ``[1, n, C]``, None where the network has none of that form."""
+    for name, parameter in network.named_parameters():
+        is_position = name.rpartition(".")[2] in ("pos_embed", "position_embeddings", "position_embedding")
+        if is_position and parameter.dim() == 3 and parameter.shape[0] == 1 and parameter.shape[2] == dim:
+            return name
+    return None
+
+
+class Position:
+    """A network's own position embedding, for residual positional alignment.
+
+    Args:
+        name: of the parameter ``[1, extra + h * w + suffix, C]`` in the network.
+        plan: of the first block, which knows grid and prefix.
+    """
+
+    def __init__(self, name: str, grid: Grid, suffix: int) -> None:
+        self.name, self.grid, self.suffix = name, grid, suffix
+
+    def on(self, network: nn.Module, grid: Grid, prefix: int) -> Tensor:
+        """``[prefix + N, C]``, zeros at the prefix, gradient stopped; resampled where the map has another size."""
+        table = network.get_parameter(self.name).detach()[0]
+        tokens = self.grid[0] * self.grid[1]
+        own = table[len(table) - self.suffix - tokens : len(table) - self.suffix]
+        if grid != self.grid:
+            image = own.t().unflatten(1, self.grid).unsqueeze(0)
+            own = F.interpolate(image, size=grid, mode="bicubic", antialias=True, align_corners=False)[0].flatten(1).t()
+        return F.pad(own, (0, 0, prefix, 0))
+
+
+def position_of(network: nn.Module, plans: Sequence[BlockPlan]) -> Position | None:
+    """The position embedding that alignment re-adds, None where the network has none that it adds to its tokens."""
+    first = plans[0]
+    name = position_parameter(network, first.dim)
+    if name is None or first.grid is None:
+        return None
+    length, suffix = network.get_parameter(name).shape[1], first.layout.suffix
+    tokens = first.grid[0] * first.grid[1]
+    return Position(name, first.grid, suffix) if length - suffix >= tokens else None

@@ -1,0 +1,377 @@
+"""What a foreign network is made of: its transformer blocks, where each can be fused, and why others cannot."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from tokenfusion.errors import UserError
+from tokenfusion.fusion.fusers import Grid
+
+ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+MLP = re.compile(r"mlp|ffn|feed_?forward|intermediate", re.IGNORECASE)
+DROP = re.compile(r"drop", re.IGNORECASE)
+DROP_PATH = re.compile(r"drop_?path", re.IGNORECASE)
+NORM = re.compile(r"norm|affine", re.IGNORECASE)
+
+Order = Literal["tokens", "last", "first"]  # [B, N, C]; [B, ..., C]; [B, C, H, W]
+
+
+class Layout(NamedTuple):
+    """How a block lays out its tokens, and the way to ``[B, N, C]`` and back.
+
+    Args:
+        order: where the channels stand.
+        suffix: tokens behind the map's (YOLOS' detection tokens); they are shown before it.
+    """
+
+    order: Order
+    suffix: int = 0
+
+    def tokens(self, x: Tensor) -> Tensor:
+        if self.order == "first":
+            return x.flatten(2).transpose(1, 2)
+        x = x.flatten(1, -2)
+        return x.roll(self.suffix, 1) if self.suffix else x
+
+    def back(self, tokens: Tensor, like: Tensor) -> Tensor:
+        """``[B, N, C]`` in the shape of ``like``."""
+        if self.order == "first":
+            return tokens.transpose(1, 2).reshape(like.shape)
+        tokens = tokens.roll(-self.suffix, 1) if self.suffix else tokens
+        return tokens.reshape(like.shape)
+
+    def grid(self, shape: torch.Size) -> Grid | None:
+        """Rows and columns where the shape tells them."""
+        if self.order == "first":
+            return shape[2], shape[3]
+        return (shape[1], shape[2]) if self.order == "last" and len(shape) == 4 else None
+
+
+class Parts(NamedTuple):
+    """What a block is made of; names are those of its children.
+
+    Attributes:
+        dim: token width C.
+        order: of its input; ``branch_order`` of its attention's residual branch; ``norm_order`` of the normed tokens.
+        norm: what stands before attention; None in blocks that norm behind it.
+        attention: the child that attends.
+        is_global: attention sees all tokens of a sample at once, and is given nothing else.
+        branch: the child that ends the attention's residual branch: its input is the branch (drop path); None: what the
+            attention gives.
+    """
+
+    dim: int
+    order: Order
+    branch_order: Order
+    norm_order: Order | None
+    norm: str | None
+    attention: str
+    is_global: bool
+    branch: str | None
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Where one block can be fused.
+
+    Attributes:
+        name: in the network, ``blocks.3``.
+        parts: of the block.
+        stage: runs of blocks of one width and number of tokens are a stage.
+        prefix: class, register and detection tokens; the last ``suffix`` of them stand behind the map's tokens.
+        grid: rows and columns at the example's size; None where the order of the tokens is unknown.
+    """
+
+    name: str
+    parts: Parts
+    stage: int
+    prefix: int
+    suffix: int
+    grid: Grid | None
+
+    @property
+    def dim(self) -> int:
+        return self.parts.dim
+
+    @property
+    def layout(self) -> Layout:
+        """Of the block's input and output."""
+        return Layout(self.parts.order, self.suffix)
+
+    @property
+    def branch_layout(self) -> Layout:
+        return Layout(self.parts.branch_order, self.suffix)
+
+    @property
+    def norm_layout(self) -> Layout | None:
+        return None if self.parts.norm_order is None else Layout(self.parts.norm_order, self.suffix)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A network's blocks in the order in which they run, those that cannot be fused with the reason, and its first layer."""
+
+    blocks: list[BlockPlan]
+    skipped: dict[str, str]
+    stem: str | None  # the convolution that sees the input
+
+
+@dataclass
+class _Call:
+    """What was seen of one call of a module."""
+
+    name: str
+    given: torch.Size | None
+    gave: torch.Size | None = None
+    is_alone: bool = True  # no tensor and no size beside the first argument
+    pair: Grid | None = None  # two whole numbers among the arguments: rows and columns
+    children: list[_Call] = field(default_factory=list)
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The tensor, or the first one of a tuple."""
+    if isinstance(value, tuple | list) and value:
+        value = value[0]
+    return value if isinstance(value, Tensor) else None
+
+
+def is_norm(module: nn.Module) -> bool:
+    """A layer that norms: its class says so, and its parameters, if any, are one number per channel."""
+    own = list(module.parameters(recurse=False))
+    return bool(NORM.search(type(module).__name__)) and not list(module.children()) and all(p.dim() <= 1 for p in own)
+
+
+def _child(module: nn.Module, pattern: re.Pattern[str]) -> list[str]:
+    """Children whose name or class fits, dropout left out."""
+    return [
+        name
+        for name, child in module.named_children()
+        if (pattern.search(name) or pattern.search(type(child).__name__))
+        and not DROP.search(name)
+        and not is_norm(child)
+    ]
+
+
+def candidates(network: nn.Module) -> dict[str, nn.Module]:
+    """Modules with an attention and an MLP of their own, none inside another."""
+    found: dict[str, nn.Module] = {}
+    for name, module in network.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        attention = _child(module, ATTENTION)
+        others = [child for child in _child(module, MLP) if child not in attention]
+        if name and not inside and attention and others:
+            found[name] = module
+    return found
+
+
+@contextmanager
+def _watched(
+    network: nn.Module, blocks: dict[str, nn.Module], calls: list[_Call], stems: list[_Call]
+) -> Iterator[None]:
+    """Note every call of the blocks, of their children, and of the convolutions before them."""
+    handles: list[Any] = []
+    open_calls: list[_Call] = []
+
+    def begin(name: str, into: list[_Call] | None) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = first_tensor(args) if args else first_tensor(next(iter(kwargs.values()), None))
+            more = [*args[1:], *kwargs.values()] if args else list(kwargs.values())[1:]
+            call = _Call(name, None if x is None else x.shape, None, _is_nothing(more), _pair(more))
+            if into is not None:
+                into.append(call)
+            elif open_calls:
+                open_calls[-1].children.append(call)
+            open_calls.append(call)
+
+        return hook
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        y = first_tensor(output)
+        open_calls.pop().gave = None if y is None else y.shape
+
+    def convolved(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            if not calls:
+                stems.append(_Call(name, args[0].shape, output.shape))
+
+        return hook
+
+    try:
+        for name, block in blocks.items():
+            handles.append(block.register_forward_pre_hook(begin(name, calls), with_kwargs=True))
+            handles.append(block.register_forward_hook(end))
+            for child_name, child in block.named_children():
+                handles.append(child.register_forward_pre_hook(begin(child_name, None), with_kwargs=True))
+                handles.append(child.register_forward_hook(end))
+        for name, module in network.named_modules():
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and not any(
+                name.startswith(f"{b}.") for b in blocks
+            ):
+                handles.append(module.register_forward_hook(convolved(name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_nothing(values: list[Any]) -> bool:
+    """Arguments that say nothing of positions or sizes."""
+    return not any(isinstance(v, Tensor | tuple | list) or type(v) is int for v in values)
+
+
+def _pair(values: list[Any]) -> Grid | None:
+    for value in values:
+        if isinstance(value, tuple | list | torch.Size) and len(value) == 2 and all(type(n) is int for n in value):
+            return int(value[0]), int(value[1])
+    numbers = [value for value in values if type(value) is int]
+    return (numbers[0], numbers[1]) if len(numbers) == 2 else None
+
+
+def survey(network: nn.Module, example: Any, run: Any) -> Survey:
+    """Run a network once and see where its blocks can be fused.
+
+    Args:
+        network: any module; its mode and weights stay as they are.
+        example: an input ``[2, ...]``.
+        run: calls the network: ``run(example)``.
+
+    Raises:
+        UserError: where no block can be fused; the first reason is told.
+    """
+    blocks, calls, stems = candidates(network), [], []  # type: dict[str, nn.Module], list[_Call], list[_Call]
+    kind = type(network).__name__
+    if not blocks:
+        raise UserError(
+            f"{kind} has no transformer blocks (no module with an attention and an MLP); wanted a transformer"
+        )
+    was_training = {module: module.training for module in network.modules()}
+    try:
+        network.eval()
+        with torch.no_grad(), _watched(network, blocks, calls, stems):
+            run(example)
+    finally:
+        for module, mode in was_training.items():
+            module.training = mode
+    plans, skipped = _plans(network, blocks, calls, stems[-1] if stems else None, example)
+    if not plans:
+        name, reason = next(iter(skipped.items()))
+        raise UserError(f"{kind} cannot be fused: block {name} ({type(blocks[name]).__name__}) {reason}")
+    stem = stems[0].name if stems and stems[0].given == example.shape else None
+    return Survey(plans, skipped, stem)
+
+
+def _plans(
+    network: nn.Module, blocks: dict[str, nn.Module], calls: list[_Call], stem: _Call | None, example: Tensor
+) -> tuple[list[BlockPlan], dict[str, str]]:
+    """Plans of the blocks that were called, in that order; the reasons of those that cannot be fused."""
+    plans: list[BlockPlan] = []
+    called = [call.name for call in calls]
+    skipped = {name: "is not run in the forward pass" for name in blocks if name not in called}
+    suffix = getattr(getattr(network, "config", None), "num_detection_tokens", 0)
+    extra, last = 0, None  # tokens beside the map's in the first block; width and number of tokens of the block before
+    for call in calls:
+        if called.count(call.name) > 1:
+            skipped[call.name] = "runs more than once in a forward pass"
+            continue
+        parts = _parts(blocks[call.name], call, len(example))
+        if isinstance(parts, str):
+            skipped[call.name] = parts
+            continue
+        assert call.given is not None
+        if not plans:
+            extra = _extra(call.given, parts.order, stem, len(example))
+        grid = Layout(parts.order).grid(call.given) or _grid(call, extra, stem, example.shape)
+        in_map = call.given[1] - extra if grid is None else grid[0] * grid[1]
+        prefix = call.given[1] - in_map if parts.order == "tokens" else 0
+        size = (parts.dim, call.given[1:].numel())
+        stage = plans[-1].stage + (size != last) if plans else 0
+        last = size
+        plans.append(BlockPlan(call.name, parts, stage, prefix, suffix, grid))
+    return plans, skipped
+
+
+def _parts(block: nn.Module, call: _Call, batch: int) -> Parts | str:
+    """What a block is made of, or what it lacks."""
+    if call.given is None or call.gave is None:
+        return "takes or gives no tensor first"
+    if len(call.given) < 3 or call.given[0] != batch:
+        return f"works on {list(call.given)}, not on one row of tokens per sample (of {batch})"
+    if call.gave != call.given:
+        return "changes the number or the width of its tokens"
+    names = [child.name for child in call.children]
+    attentions = [name for name in names if name in _child(block, ATTENTION)]
+    if len(attentions) != 1:
+        return f"has {len(attentions)} attentions in a row ({', '.join(attentions) or 'none is called'}); wanted one"
+    at = names.index(attentions[0])
+    if any(name in _child(block, MLP) for name in names[:at]):
+        return "has its MLP before its attention"
+    dim = _width(block, call.given)
+    order = cast("Order", _order(call.given, dim))
+    attention = call.children[at]
+    drop = next((child for child in call.children[at:] if DROP_PATH.search(child.name)), None)
+    branch = attention.gave if drop is None else drop.given
+    branch_order = None if branch is None else _order(branch, dim)
+    if branch is None or branch_order is None or branch.numel() != call.given.numel():
+        return f"has an attention branch of another shape ({None if branch is None else list(branch)}) than its tokens"
+    norm, norm_order = None, None
+    for child in call.children[:at]:
+        whole = child.gave is not None and child.gave.numel() == call.given.numel()
+        if whole and is_norm(block.get_submodule(child.name)):
+            norm, norm_order = child.name, _order(cast("torch.Size", child.gave), dim)
+    is_global = attention.given == call.given and len(call.given) == 3 and attention.is_alone
+    return Parts(
+        *(dim, order, branch_order, norm_order),
+        norm=None if norm_order is None else norm,
+        attention=attention.name,
+        is_global=is_global,
+        branch=None if drop is None else drop.name,
+    )
+
+
+def _width(block: nn.Module, given: torch.Size) -> int:
+    """Channels of the block's tokens: of its first and its last axis the one that more of its weights work on."""
+    if len(given) == 3:
+        return given[2]
+    sizes = [p.shape[0] if p.dim() == 1 else p.shape[1] for p in block.parameters() if p.dim()]
+    return given[1] if sizes.count(given[1]) > sizes.count(given[-1]) else given[-1]
+
+
+def _order(shape: torch.Size, dim: int) -> Order | None:
+    if shape[-1] == dim:
+        return "tokens" if len(shape) == 3 else "last"
+    return "first" if len(shape) == 4 and shape[1] == dim else None
+
+
+def _extra(given: torch.Size, order: Order, stem: _Call | None, batch: int) -> int:
+    """Tokens that are no part of the map: what the first block has more than the last convolution before it gave."""
+    if order != "tokens" or stem is None or stem.gave is None or stem.gave[0] != batch:
+        return 0
+    return max(given[1] - _area(stem.gave), 0)
+
+
+def _area(shape: torch.Size) -> int:
+    return math.prod(shape[2:])
+
+
+def _grid(call: _Call, extra: int, stem: _Call | None, example: torch.Size) -> Grid | None:
+    """Rows and columns of the map: told by the call, by the last convolution, or by the input's proportions."""
+    assert call.given is not None
+    gave = None if stem is None else stem.gave
+    for tokens in (call.given[1] - extra, call.given[1]):
+        if call.pair is not None and call.pair[0] * call.pair[1] == tokens:
+            return call.pair
+        if gave is not None and len(gave) == 4 and _area(gave) == tokens:
+            return gave[2], gave[3]
+        if len(example) == 4 and tokens > 0:
+            rows = round((tokens * example[2] / example[3]) ** 0.5)
+            if rows and tokens % rows == 0 and rows * example[3] == tokens // rows * example[2]:
+                return rows, tokens // rows
+    return None
