@@ -48,7 +48,8 @@ def list_(as_json: Json = False) -> None:
         | {
             f"yolos-{v}": f"detector of images: a ViT, {p.size.depth} blocks of width {p.size.dim}"
             for v, p in yolos.VARIANTS.items()
-        },
+        }
+        | {"timm/NAME, hf/ID": "segmentation: any transformer of timm or Hugging Face (docs/families.md)"},
         "datasets": DATASETS,
     }
     if as_json:
@@ -210,7 +211,8 @@ def convert(
         str,
         typer.Option(
             "--from",
-            help="released-segmentation, released-translation, groupfree, segformer, hf-segformer, yolos, hf-yolos, deit.",
+            help="released-segmentation, released-translation, groupfree, segformer, hf-segformer, hf-dinov2, yolos, "
+            "hf-yolos, deit.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
@@ -224,6 +226,34 @@ def convert(
     from tokenfusion.convert import convert as run
 
     typer.echo(run(file, source, out, dataset, tuple(modalities.split(",")), target))
+
+
+@app.command("export")
+def export_(
+    run: Path,
+    format: Annotated[str, typer.Option(help="onnx, or pt2: what torch.export.load reads.")],
+    out: Annotated[Path, typer.Option(help="File to write: NAME.onnx or NAME.pt2.")],
+    height: Annotated[int | None, typer.Option(help="Rows of the images; as in evaluation.")] = None,
+    width: Annotated[int | None, typer.Option(help="Columns of the images; as in evaluation.")] = None,
+    batch: Annotated[int | None, typer.Option(help="A fixed batch size; any without it, 1 in 3D detection.")] = None,
+    checkpoint: Checkpoint = "last",
+    trust: Trust = False,
+) -> None:
+    """The model as one file for other programs, checked against the model before it appears."""
+    from tokenfusion.export import export
+
+    written = export(run, format, out, height, width, batch, checkpoint, trust)
+    for key in ("inputs", "outputs"):
+        shapes = {name: " x ".join(map(str, fact["shape"])) for name, fact in written.facts[key].items()}
+        shown = [f"{name} [{shape}]" for name, shape in shapes.items() if not name.startswith("scores/")]
+        more = [f"scores of {len(shapes) - len(shown)} blocks"] if len(shapes) > len(shown) else []
+        typer.echo(f"{key}: {', '.join([*shown, *more])}")
+    for name, fact in written.facts["inputs"].items():
+        if "formula" in fact:
+            means = f", mean {fact['mean']}, std {fact['std']}" if "mean" in fact else ""
+            typer.echo(f"{name}: {fact['formula']}, in {fact['unit']}{means}")
+    typer.echo(f"largest difference to the model: {written.difference:.1e}")
+    typer.echo(f"written: {out} ({out.stat().st_size / 2**20:.1f} MB)")
 
 
 @app.command()
@@ -281,8 +311,8 @@ def doctor(as_json: Json = False) -> None:
     import torch
 
     content: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
-    libraries = "tokenfusion torch torchvision lightning-fabric transformers timm h5py numba scipy matplotlib jinja2"
-    for library in libraries.split():
+    libraries = "tokenfusion torch torchvision lightning-fabric transformers timm onnx onnxruntime"
+    for library in (*libraries.split(), "h5py", "numba", "scipy", "matplotlib", "jinja2"):
         try:
             content[library] = version(library)
         except PackageNotFoundError:

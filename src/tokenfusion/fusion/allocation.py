@@ -24,7 +24,7 @@ def shuffled_ranks(tokens: int, seed: int, stage: int, stream: int, device: torc
     key = _mixed(_mixed(_mixed(seed % 2**32) + stage) + stream)
     hashed = _mixed((torch.arange(tokens, device=device) + key) & 0xFFFFFFFF)
     hashed = _mixed((hashed + key) & 0xFFFFFFFF)
-    return hashed.argsort(stable=True).argsort()
+    return hashed.argsort().argsort()  # no two hashes are equal
 
 
 def partners(modalities: int, tokens: int, seed: int, stage: int = 0, device: torch.device | None = None) -> Tensor:
