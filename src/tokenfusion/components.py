@@ -6,6 +6,7 @@ import importlib
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,17 @@ FUSERS: dict[str, dict[str, Any]] = {
     "tokenfusion": {TARGET: "tokenfusion.fusion.TokenFusion"},
     "tokenfusion-paper": {TARGET: "tokenfusion.fusion.TokenFusion", "rule": "paper"},
 }
+
+# of streams that share no blocks: separate networks, points and images
+EXCHANGES: dict[str, dict[str, Any]] = {
+    "none": {TARGET: "tokenfusion.fusion.crossing.NoExchange"},
+    "concat": {TARGET: "tokenfusion.fusion.crossing.ConcatExchange"},
+    "average": {TARGET: "tokenfusion.fusion.crossing.AverageExchange"},
+    "random": {TARGET: "tokenfusion.fusion.crossing.RandomExchange"},
+    "tokenfusion": {TARGET: "tokenfusion.fusion.crossing.TokenExchange"},
+}
+
+FUSER_GIVEN = ("dim", "modalities", "stage", "seed")  # arguments that the program supplies, not the recipe
 
 
 class Section(BaseModel):
@@ -135,9 +147,10 @@ def maker(spec: Mapping[str, Any], key: str, given: tuple[str, ...] = (), trust:
     except ValueError:  # some that are written in C
         raise UserError(f"{key}: {spec[TARGET]} does not say which arguments it takes; wrap it in a function") from None
     open_names = [name for name in parameters if name not in given]
+    takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
     arguments = {name: value for name, value in spec.items() if name != TARGET}
     for name in arguments:
-        if name not in open_names:
+        if name not in open_names and not takes_any:
             raise UserError(f"{key}.{name}: {spec[TARGET]} takes no such argument; {nearest(name, open_names)}")
     for name in open_names:
         parameter = parameters[name]
@@ -169,3 +182,18 @@ def build(spec: Mapping[str, Any], key: str, trust: bool = False, **given: Any) 
         UserError: as :func:`maker`, and where the component itself refuses an argument's value.
     """
     return maker(spec, key, tuple(given), trust)(**given)
+
+
+def component_of(made_by: Any) -> Component | None:
+    """The component that :func:`maker` would build alike: of a class, or of functools.partial with named arguments.
+
+    Returns:
+        None for what has no name that can be imported, or arguments that cannot be written down.
+    """
+    arguments = made_by.keywords if isinstance(made_by, partial) else {}
+    target = made_by.func if isinstance(made_by, partial) else made_by
+    named = inspect.isclass(target) and "<locals>" not in target.__qualname__ and target.__module__ != "__main__"
+    plain = all(isinstance(value, str | int | float | bool | None) for value in arguments.values())
+    if not named or not plain or (isinstance(made_by, partial) and made_by.args):
+        return None
+    return {TARGET: f"{target.__module__}.{target.__qualname__}", **arguments}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tokenfusion.fusion import exchange_rates, substitute
@@ -60,3 +61,12 @@ def test_a_missing_sample_is_not_counted() -> None:
     rates = exchange_rates(scores, scores.flip(0), 0.5, present)
     assert rates.exchanged.tolist() == [0.5, 0.5]
     assert exchange_rates(scores, scores.flip(0), 0.5).exchanged.tolist() == [0.75, 0.5]
+
+
+def test_tokens_without_a_stand_in_are_not_counted() -> None:
+    scores = torch.tensor([[[0.1, 0.9, 0.1, 1.0]]])
+    has = torch.tensor([[[True, True, True, False]]])
+    rates = exchange_rates(scores, torch.tensor([[[0.9, 0.9, 0.1, -1.0]]]), 0.5, has=has)
+    assert rates.exchanged.item() == pytest.approx(2 / 3)
+    assert rates.donor_below.tolist() == [0.5]
+    assert exchange_rates(scores, scores, 1.0, has=has).exchanged.tolist() == [1.0]

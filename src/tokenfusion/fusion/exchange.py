@@ -27,12 +27,12 @@ def below(scores: Tensor, threshold: float) -> Tensor:
 class ExchangeRates(NamedTuple):
     """Shares in 0..1, per modality ``[M]``."""
 
-    exchanged: Tensor  # of all tokens of the stream
+    exchanged: Tensor  # of all tokens of the stream that have a stand-in
     donor_below: Tensor  # of the exchanged tokens: those whose donor scores below the threshold too (0 where none was)
 
 
 def exchange_rates(
-    scores: Tensor, donor_scores: Tensor, threshold: float, present: Tensor | None = None
+    scores: Tensor, donor_scores: Tensor, threshold: float, present: Tensor | None = None, has: Tensor | None = None
 ) -> ExchangeRates:
     """How much each stream received, and from donors of what worth.
 
@@ -44,10 +44,12 @@ def exchange_rates(
         donor_scores: the score of the token that would stand in, ``[M, B, N]``.
         threshold: theta.
         present: bool ``[M, B]``; samples whose stream is missing are not counted for it.
+        has: bool ``[M, B, N]``, which tokens have a stand-in; None = all.
     """
-    replaced, tokens = below(scores, threshold), torch.full_like(scores[:, 0, 0], scores[0].numel())
+    counted = torch.ones_like(scores, dtype=torch.bool) if has is None else has
     if present is not None:
-        replaced, tokens = replaced & present.unsqueeze(-1), present.sum(1) * scores.shape[2]
+        counted = counted & present.unsqueeze(-1)
+    replaced, tokens = below(scores, threshold) & counted, counted.sum((1, 2))
     count = replaced.sum((1, 2))
     both = (replaced & below(donor_scores, threshold)).sum((1, 2))
     return ExchangeRates(count / tokens.clamp(min=1), both / count.clamp(min=1))

@@ -15,9 +15,9 @@ from tokenfusion.backbones.yolos import Yolos
 from tokenfusion.data.boxes import contains
 from tokenfusion.data.scenes import SceneBatch
 from tokenfusion.data.truth import SceneTruth
+from tokenfusion.fusion.crossing import Exchange, TokenExchange
 from tokenfusion.recipe import read_recipe
 from tokenfusion.tasks.detection3d import DetectionTask, build_model
-from tokenfusion.tasks.detection3d.exchange import Exchange, TokenExchange
 from tokenfusion.tasks.detection3d.groupfree import GroupFree
 from tokenfusion.tasks.detection3d.model import FusedDetector
 
@@ -31,8 +31,9 @@ OVERRIDES = [
     "data.points=256",
 ]
 PINNED = [  # what the toy recipe may change, and tests count on
+    "model.exchange_queries=false",
     "data.boxes2d=projected",
-    "fuser={_target_: tokenfusion.tasks.detection3d.exchange.TokenExchange, threshold: 0.5, init_bias: null}",
+    "fuser={_target_: tokenfusion.fusion.crossing.TokenExchange, threshold: 0.5, init_bias: null}",
     "parameters={decoder_lr: 0.3, image_lr: 0.3, fusion_lr: 0.3}",
 ]
 STEPS = 4

@@ -146,11 +146,11 @@ def test_no_word_is_forgotten() -> None:
 
 @pytest.mark.parametrize(("fuser", "exchange"), COMBINATIONS)
 def test_every_fuser(fuser: str, exchange: str, rooms: Path, tmp_path: Path) -> None:
-    changes = [f"fuser={fuser}", f"model.exchange={exchange}", "data.drop_images=0.3", "train.steps=1"]
-    api.train(recipe(rooms, *changes), tmp_path)
+    changes = [f"fuser={fuser}", f"model.exchange={exchange}", "model.exchange_queries=true", "data.drop_images=0.3"]
+    api.train(recipe(rooms, *changes, "train.steps=1"), tmp_path)
     content = metrics(tmp_path)
     assert list(content["streams"]) == HEADS
-    scored = ["points", "rgb"] if exchange == "both" else ["points"]
+    scored = ["points", "rgb", "queries"] if exchange == "both" else ["points", "queries"]
     expected = {"layer0": scored, "layer1": scored} if fuser == "tokenfusion" else {}
     assert {layer: list(row) for layer, row in content["exchange"].items()} == expected
     files = files_of(rooms, "000006", "points", "rgb", "camera")

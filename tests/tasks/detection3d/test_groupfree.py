@@ -334,6 +334,30 @@ def test_fuse_sees_every_layers_keys_and_only_that_layer() -> None:
     assert not torch.allclose(fused.heads[2].center, plain.heads[2].center)
 
 
+def test_fuse_read_sees_what_every_layers_queries_read() -> None:
+    network, cloud, seen = _small().eval(), _clouds(), []
+    plain = network(cloud)
+
+    def fuse(layer: int, key: Tensor) -> Tensor:
+        seen.append(("key", layer))
+        return key
+
+    def fuse_read(layer: int, index: Tensor, read: Tensor) -> Tensor:
+        seen.append(("read", layer))
+        assert torch.equal(index, plain.query_index)
+        assert read.shape == (*index.shape, network.dim)
+        return read if layer == 0 else torch.zeros_like(read)
+
+    fused = network.decode(network.encode(cloud), fuse, fuse_read)
+    assert seen == [("key", 0), ("read", 0), ("key", 1), ("read", 1)]
+    assert torch.equal(fused.heads[1].center, plain.heads[1].center)
+    assert not torch.allclose(fused.heads[2].center, plain.heads[2].center)
+    blind = network(cloud, fuse=lambda layer, key: key if layer == 0 else key + 1)
+    again = network.decode(plain.seeds, lambda layer, key: key if layer == 0 else key + 1, fuse_read)
+    assert not torch.allclose(blind.heads[2].center, plain.heads[2].center)
+    assert torch.equal(again.heads[2].center, fused.heads[2].center), "the keys reach the queries by what those read"
+
+
 def test_a_layer_knows_the_last_heads_box_without_gradient() -> None:
     network = _small(layers=1).eval()
     output = network(_clouds())

@@ -92,10 +92,10 @@ def test_sparsity_counts_tokens_that_have_a_stand_in() -> None:
     torch.testing.assert_close(model.losses(sample, output, "model")["sparsity"], 2 * torch.stack(expected).sum())
     blind = unseen(sample)
     assert model.losses(blind, model(blind), "model")["sparsity"] == 0
-    both = task("loss.sparsity=2", "model.exchange=both")
+    both = task("loss.sparsity=2", "model.exchange=both", "model.exchange_queries=true")
     output = both(sample)
-    scored = [*output.keys, *output.patches]
-    assert len(scored) == 3
+    scored = [*output.keys, *output.queries, *output.patches]
+    assert len(scored) == 5
     expected = [part.scores[part.has].mean() for part in scored]
     torch.testing.assert_close(both.losses(sample, output, "model")["sparsity"], 2 * torch.stack(expected).sum())
 
@@ -134,9 +134,11 @@ def groups(model: DetectionTask) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("exchange", ["image-to-point", "both"])
+@pytest.mark.parametrize("queries", ["false", "true"])
 @pytest.mark.parametrize("fuser", ["tokenfusion", "concat", "none", "random"])
-def test_every_parameter_is_in_one_group(fuser: str, exchange: str) -> None:
-    model = task(f"fuser={fuser}", f"model.exchange={exchange}", "model.image.variant=s", "model.image.detections=4")
+def test_every_parameter_is_in_one_group(fuser: str, queries: str, exchange: str) -> None:
+    words = (f"fuser={fuser}", f"model.exchange={exchange}", f"model.exchange_queries={queries}")
+    model = task(*words, "model.image.variant=s", "model.image.detections=4")
     grouped = [p for group in groups(model).values() for p in group.params]
     assert len(grouped) == len({id(p) for p in grouped})
     assert {id(p) for p in grouped} == {id(p) for p in model.parameters()}
@@ -144,7 +146,8 @@ def test_every_parameter_is_in_one_group(fuser: str, exchange: str) -> None:
 
 def test_roles_have_their_rates_and_decay() -> None:
     changes = "parameters={decoder_lr: 0.2, image_lr: 0.3, fusion_lr: 0.5, image_decay: 7}"
-    model = task(changes, "model.exchange=both", "model.image.variant=s", "fuser=tokenfusion")
+    words = ("model.exchange=both", "model.exchange_queries=true", "model.image.variant=s", "fuser=tokenfusion")
+    model = task(changes, *words)
     names = {id(p): name.removeprefix("model.") for name, p in model.named_parameters()}
     found = groups(model)
     rates = {role: (group.lr_scale, group.weight_decay) for role, group in found.items()}
@@ -157,8 +160,8 @@ def test_roles_have_their_rates_and_decay() -> None:
     }
     named = {role: {names[id(p)] for p in group.params} for role, group in found.items()}
     parts = {role: {name.split(".")[0] for name in members} for role, members in named.items()}
-    assert parts["fusion"] == {"key_exchange", "patch_exchange"}
-    assert parts["image"] == parts["image without decay"] == {"image", "to_point", "to_image"}
+    assert parts["fusion"] == {"key_exchange", "query_exchange", "patch_exchange"}
+    assert parts["image"] == parts["image without decay"] == {"image", "to_point", "to_query", "to_image"}
     assert {name.split(".")[1] for name in named["decoder"]} == {"decoder", "decoder_query", "decoder_key"}
     assert {name.split(".")[1] for name in named["points"]} == {"backbone", "kps", "heads"}
     embeddings = {"vit.cls_token", "vit.pos_embed", "det_token", "det_pos_embed", "mid_pos_embed", "mid_det_pos_embed"}
@@ -261,6 +264,9 @@ def test_watched_are_the_shares_of_what_was_exchanged() -> None:
     expected = (below(key.scores, 0.5) & key.has).sum() / key.has.sum()
     torch.testing.assert_close(watched["exchange/layer1/points"], expected)
     assert watched["visible"] == output.visible.double().mean()
+    asking = task("model.exchange_queries=true")
+    layers = [f"exchange/layer{i}/{name}" for i in (0, 1) for name in ("points", "queries")]
+    assert asking.watch(asking(sample)).keys() == {*layers, "visible"}
     assert task("fuser=random").watch(task("fuser=random")(sample)).keys() == {"visible"}
     alone = task("data.modalities=[points]")
     assert alone.watch(alone(sample)) == {}

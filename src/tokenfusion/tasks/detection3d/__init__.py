@@ -1,18 +1,11 @@
 """3D object detection from point clouds and images."""
 
+from tokenfusion.components import EXCHANGES as FUSERS
 from tokenfusion.data.scenes import SceneBatch
 from tokenfusion.tasks.detection3d.model import DetectionOutput, FusedDetector
 from tokenfusion.tasks.detection3d.run import judge, modalities_of, model_of, predictor, train
 from tokenfusion.tasks.detection3d.settings import DetectionRecipe as Recipe
 from tokenfusion.tasks.detection3d.task import COMPONENTS, DetectionTask, build_model
-
-FUSERS = {  # one word on the command line: fuser=concat
-    "none": {"_target_": "tokenfusion.tasks.detection3d.exchange.NoExchange"},
-    "concat": {"_target_": "tokenfusion.tasks.detection3d.exchange.ConcatExchange"},
-    "average": {"_target_": "tokenfusion.tasks.detection3d.exchange.AverageExchange"},
-    "random": {"_target_": "tokenfusion.tasks.detection3d.exchange.RandomExchange"},
-    "tokenfusion": {"_target_": "tokenfusion.tasks.detection3d.exchange.TokenExchange"},
-}
 
 __all__ = [
     "COMPONENTS",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -58,12 +60,18 @@ class DecoderLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, query: Tensor, key: Tensor, box: Tensor, xyz: Tensor) -> Tensor:
-        """``query [B, Q, C]`` and their boxes so far ``[B, Q, 6]``, ``key [B, S, C]`` at ``xyz [B, S, 3]`` -> ``[B, Q, C]``."""
+    def forward(
+        self, query: Tensor, key: Tensor, box: Tensor, xyz: Tensor, fuse: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """``query [B, Q, C]`` and their boxes so far ``[B, Q, 6]``, ``key [B, S, C]`` at ``xyz [B, S, 3]`` -> ``[B, Q, C]``.
+
+        ``fuse [B, Q, C] -> [B, Q, C]`` changes what the queries have read from the keys before it is added to them.
+        """
         position = self.self_position(box)
         query = self.norm1(query + self.drop(self.self_attention(query + position)))
         context = key + self.cross_position(xyz)
-        query = self.norm2(query + self.drop(self.cross_attention(query + position, context)))
+        read = self.cross_attention(query + position, context)
+        query = self.norm2(query + self.drop(read if fuse is None else fuse(read)))
         hidden = self.drop(F.relu(self.fc1(query)))
         return self.norm3(query + self.drop(self.fc2(hidden)))
 

@@ -25,6 +25,7 @@ from tokenfusion.tasks.detection3d.decoder import DecoderLayer, initialise
 
 HEADS, HIDDEN = 8, 2048  # attention heads and width of the MLPs, as published
 Fuse = Callable[[int, Tensor], Tensor]
+FuseRead = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class HeadOutput(NamedTuple):
@@ -178,12 +179,14 @@ class GroupFree(nn.Module):
         """The seeds of clouds ``[B, N, channels]``."""
         return self.backbone(points, indices)
 
-    def decode(self, seeds: Seeds, fuse: Fuse | None = None) -> GroupFreeOutput:
+    def decode(self, seeds: Seeds, fuse: Fuse | None = None, fuse_read: FuseRead | None = None) -> GroupFreeOutput:
         """Boxes from seeds.
 
         Args:
             fuse: ``fuse(layer, key [B, S, 288]) -> key``, called by each layer on its keys before their positions are
                 added; the next layer starts from the unfused keys again.
+            fuse_read: ``fuse_read(layer, index [B, Q], read [B, Q, 288]) -> read``, called by each layer after ``fuse`` on what
+                its queries, the seeds of these indices, have read from the keys, before it is added to them.
         """
         logits = None if self.kps is None else self.kps(seeds.features)
         index = self._choose(seeds, logits)
@@ -192,7 +195,9 @@ class GroupFree(nn.Module):
         query, key = self.decoder_query(query), self.decoder_key(seeds.features)
         for i, layer in enumerate(self.decoder):
             box = torch.cat([outputs[-1].center, outputs[-1].size], -1).detach()
-            query = layer(query, key if fuse is None else fuse(i, key), box, seeds.xyz)
+            fused = key if fuse is None else fuse(i, key)
+            reading = None if fuse_read is None else partial(fuse_read, i, index)
+            query = layer(query, fused, box, seeds.xyz, reading)
             outputs.append(self.heads[i + 1](query, xyz))
         return GroupFreeOutput(seeds, logits, index, outputs, self.names, self.mean_sizes)
 

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tokenfusion.backbones.pointnet2 import PointIndices
+from tokenfusion.backbones.pointops import gather
 from tokenfusion.backbones.vit import resampled
 from tokenfusion.backbones.yolos import Yolos, YolosOutput
-from tokenfusion.fusion.exchange import ExchangeRates, below
+from tokenfusion.data.scenes import IMAGE, POINTS
+from tokenfusion.fusion.crossing import Exchange
+from tokenfusion.fusion.exchange import ExchangeRates, exchange_rates
 from tokenfusion.fusion.projection import (
     gather_views,
     pair_layers,
@@ -20,7 +23,6 @@ from tokenfusion.fusion.projection import (
     projection_net,
     scatter_mean,
 )
-from tokenfusion.tasks.detection3d.exchange import Exchange
 from tokenfusion.tasks.detection3d.groupfree import GroupFree, GroupFreeOutput
 
 ExchangeFactory = Callable[[int], Exchange]  # token width -> exchange
@@ -39,6 +41,7 @@ class DetectionOutput(NamedTuple):
     points: GroupFreeOutput
     image: YolosOutput | None  # of the B * V views; None without images
     keys: list[Scored]  # per decoder layer: the seeds
+    queries: list[Scored]  # per decoder layer: what they read from the keys, where that is exchanged
     patches: list[Scored]  # the images' patches, per decoder layer that points go to images from
     visible: Tensor | None  # bool [B, S]: seeds that some view shows
 
@@ -54,8 +57,9 @@ class FusedDetector(nn.Module):
     """Finds objects in a point cloud and the images of its scene.
 
     Before each decoder layer of the points' network its share of the image's blocks runs; then the layer's keys take in the
-    patches that their points project to, and with ``both`` the patches the points' tokens. Without images it is the points'
-    network alone.
+    patches that their points project to, and with ``both`` the patches the points' tokens. With ``exchange_queries`` what a
+    query reads from the keys, the residual branch of the layer's cross-attention, takes in the patch of the query's own point,
+    as the released rule has it for attention. Without images it is the points' network alone.
 
     Args:
         points: the detector of points.
@@ -66,6 +70,7 @@ class FusedDetector(nn.Module):
         detach: gradients do not reach a stream through the stand-ins that it gives.
         alignment: the patches' position embedding is re-added before every layer but the first, its gradient stopped;
             only with ``both``. Keys are told their position by Group-Free itself.
+        exchange_queries: queries meet the image too, not through the keys alone (released).
 
     Example: ``output = model(points, images, projection); boxes = model.points.boxes(output.points.heads[-1])``
     """
@@ -78,6 +83,7 @@ class FusedDetector(nn.Module):
         both: bool = False,
         detach: bool = True,
         alignment: bool = True,
+        exchange_queries: bool = False,
     ) -> None:
         super().__init__()
         self.points, self.image, self.both, self.detach = points, image, both, detach
@@ -88,6 +94,9 @@ class FusedDetector(nn.Module):
         giving = sum(blocks.stop < image.depth for blocks in self.pairs) if both and image is not None else 0
         self.to_point = nn.ModuleList(projection_net(width, points.dim) for _ in range(layers))
         self.key_exchange = nn.ModuleList(exchange(points.dim) for _ in range(layers))
+        asking = layers if exchange_queries else 0
+        self.to_query = nn.ModuleList(projection_net(width, points.dim) for _ in range(asking))
+        self.query_exchange = nn.ModuleList(exchange(points.dim) for _ in range(asking))
         self.to_image = nn.ModuleList(projection_net(points.dim, width) for _ in range(giving))
         self.patch_exchange = nn.ModuleList(exchange(width) for _ in range(giving))
 
@@ -95,6 +104,12 @@ class FusedDetector(nn.Module):
     def threshold(self) -> float | None:
         """Theta of the exchange; None where it does not go by scores."""
         return next((e.threshold for e in self.key_exchange if isinstance(e, Exchange)), None)
+
+    @property
+    def exchanging(self) -> tuple[str, ...]:
+        """What takes in stand-ins, as logs name it."""
+        queries = ["queries"] if len(self.query_exchange) > 0 else []
+        return (POINTS, *([IMAGE] if self.both else []), *queries)
 
     def forward(
         self,
@@ -111,31 +126,37 @@ class FusedDetector(nn.Module):
         """
         seeds = self.points.encode(points, index)
         if self.image is None or images is None or projection is None or images.shape[1] == 0:
-            return DetectionOutput(self.points.decode(seeds), None, [], [], None)
+            return DetectionOutput(self.points.decode(seeds), None, [], [], [], None)
         meeting = _Meeting(self, self.image, seeds.xyz, images, projection)
-        found = self.points.decode(seeds, meeting)
+        found = self.points.decode(seeds, meeting, meeting.read if self.query_exchange else None)
         boxes = self.image.head(meeting.tokens)
-        return DetectionOutput(found, boxes, meeting.keys, meeting.patches, meeting.geometry.visible.any(1))
+        visible = meeting.geometry.visible.any(1)
+        return DetectionOutput(found, boxes, meeting.keys, meeting.queries, meeting.patches, visible)
 
     def rates(self, output: DetectionOutput) -> dict[str, ExchangeRates]:
-        """What was exchanged: ``{"layer0": rates of [points] or [points, rgb]}``, shares of the tokens with a stand-in."""
+        """What was exchanged: ``{"layer0": rates}``, in the order of ``exchanging``; shares of the tokens with a stand-in."""
         if self.threshold is None:
             return {}
         rates = {}
         for layer, key in enumerate(output.keys):
             shares = [_share(scored, self.threshold) for scored in (key, *output.patches[layer : layer + 1])]
             shares += [torch.zeros_like(shares[0])] * (1 + self.both - len(shares))  # behind the image's last block
-            rates[f"layer{layer}"] = ExchangeRates(torch.stack(shares), torch.zeros(len(shares)))
+            shares += [_share(scored, self.threshold) for scored in output.queries[layer : layer + 1]]
+            rates[f"layer{layer}"] = ExchangeRates(torch.cat(shares), torch.zeros(len(shares)))
         return rates
 
 
 def _share(scored: Scored, threshold: float) -> Tensor:
-    replaced = below(scored.scores, threshold) & scored.has
-    return replaced.sum() / scored.has.sum().clamp(min=1)
+    """What was exchanged of the tokens that have a stand-in, ``[1]``."""
+    scores, has = (x.flatten(1)[None] for x in scored)
+    return exchange_rates(scores, scores, threshold, has=has).exchanged
 
 
 class _Meeting:
-    """One forward pass of the image's network beside the decoder: called with a layer's keys, it gives the fused ones."""
+    """One forward pass of the image's network beside the decoder: called with a layer's keys, it gives the fused ones.
+
+    ``read`` does so for what the layer's queries have read from them, with the same blocks' patches.
+    """
 
     def __init__(self, model: FusedDetector, image: Yolos, xyz: Tensor, images: Tensor, projection: Tensor) -> None:
         self.model, self.image, self.views = model, image, images.shape[1]
@@ -145,6 +166,7 @@ class _Meeting:
         size = (images.shape[-2], images.shape[-1])
         self.geometry = Geometry(*patch_index(pixels, depth, size, image.patch))
         self.keys: list[Scored] = []
+        self.queries: list[Scored] = []
         self.patches: list[Scored] = []
 
     def __call__(self, layer: int, key: Tensor) -> Tensor:
@@ -155,12 +177,20 @@ class _Meeting:
             self.tokens = self.image.block(block, self.tokens, self.grid)
         seen = self.tokens[:, patches].unflatten(0, (-1, self.views))
         giving = seen.detach() if model.detach else seen
-        stand_in, has = gather_views(giving, *self.geometry)
-        fused, scores = model.key_exchange[layer](key, model.to_point[layer](stand_in), has)
+        self.stand_in, self.has = gather_views(giving, *self.geometry)
+        fused, scores = model.key_exchange[layer](key, model.to_point[layer](self.stand_in), self.has)
         if scores is not None:
-            self.keys.append(Scored(scores, has))
+            self.keys.append(Scored(scores, self.has))
         if layer < len(model.to_image):
             self._to_image(layer, key.detach() if model.detach else key, seen, patches)
+        return fused
+
+    def read(self, layer: int, index: Tensor, read: Tensor) -> Tensor:
+        """What the queries have read from the layer's keys takes in the patches that their own points project to."""
+        stand_in, has = gather(self.stand_in, index), self.has.gather(1, index)
+        fused, scores = self.model.query_exchange[layer](read, self.model.to_query[layer](stand_in), has)
+        if scores is not None:
+            self.queries.append(Scored(scores, has))
         return fused
 
     def _to_image(self, layer: int, key: Tensor, seen: Tensor, patches: slice) -> None:

@@ -79,7 +79,6 @@ def judge(
     judged = scenes(recipe, folder, model, split, _names(dataset, folder.file))
     folder.scene_path(judged.ids[0], "boxes")  # who judges needs them
     result = evaluate_scenes(model, judged, protocol)
-    scored = recipe.data.modalities[: 2 if model.both else 1]
     found = {
         "images": len(judged),
         "protocol": f"{protocol}; trained with {recipe.loss.points.gt_size} sizes",
@@ -87,7 +86,7 @@ def judge(
         "streams": {head: jsonable(row) for head, row in figures(result.runs).items()},
         "classes": judged.classes,
         "per_class": per_class(result.runs, LAST),
-        "exchange": exchange_figures(result.rates, scored)["exchange"],
+        "exchange": exchange_figures(result.rates, model.exchanging)["exchange"],
     }
     return Judged(found, partial(write_samples, model, judged, protocol))
 

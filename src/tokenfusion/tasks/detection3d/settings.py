@@ -51,6 +51,7 @@ class ModelSettings(Section):
     point_weights: str | None = None  # a Group-Free checkpoint to start from: file or folder
     image_weights: str | None = None  # YOLOS or DeiT: file, folder or hub id
     exchange: Literal["image-to-point", "both"] = "image-to-point"  # both: as the paper's Fig. 2 draws it
+    exchange_queries: bool = False  # queries meet the image too, not through the keys alone (released)
     detach: bool = True  # the loss of the 3D boxes does not reach the other stream through its stand-ins, as released
     alignment: bool = True  # residual positional alignment of the patches, where those are exchanged
 

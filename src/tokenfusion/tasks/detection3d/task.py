@@ -18,7 +18,7 @@ from tokenfusion.data.folder import Folder
 from tokenfusion.data.motion import SceneAugment
 from tokenfusion.data.scenes import IMAGE, POINTS, SceneBatch, Scenes
 from tokenfusion.errors import UserError
-from tokenfusion.tasks.detection3d.exchange import Exchange
+from tokenfusion.fusion.crossing import Exchange
 from tokenfusion.tasks.detection3d.groupfree import GroupFree
 from tokenfusion.tasks.detection3d.inference import LAST, primary
 from tokenfusion.tasks.detection3d.losses import groupfree_losses
@@ -47,7 +47,7 @@ def build_model(recipe: DetectionRecipe, classes: int, trust: bool = False) -> F
     def make(dim: int) -> Exchange:
         part = exchange(dim, next(seeds))
         if not isinstance(part, Exchange):
-            raise UserError(f"fuser: wanted an Exchange of tasks/detection3d, got {type(part).__name__}")
+            raise UserError(f"fuser: wanted an Exchange of tokenfusion.fusion.crossing, got {type(part).__name__}")
         return part
 
     with torch.random.fork_rng(devices=[]):
@@ -60,7 +60,8 @@ def build_model(recipe: DetectionRecipe, classes: int, trust: bool = False) -> F
             image = build(settings.image, "model.image", trust, classes=classes)
             if not isinstance(image, Yolos):
                 raise UserError(f"model.image: wanted a Yolos, got {type(image).__name__}")
-        return FusedDetector(points, image, make, settings.exchange == "both", settings.detach, settings.alignment)
+        both, queries = settings.exchange == "both", settings.exchange_queries
+        return FusedDetector(points, image, make, both, settings.detach, settings.alignment, queries)
 
 
 def load_pretrained(model: FusedDetector, recipe: DetectionRecipe) -> list[str]:
@@ -142,7 +143,7 @@ class DetectionTask(Task):
         losses = {f"points/{k}": v for k, v in groupfree_losses(outputs.points, truth, settings.points).items()}
         if outputs.image is not None and self.judges_images:
             losses |= {f"image/{k}": v for k, v in self._image_losses(batch, outputs).items()}
-        scored = [*outputs.keys, *outputs.patches]
+        scored = [*outputs.keys, *outputs.queries, *outputs.patches]
         if scored and settings.sparsity > 0:
             losses["sparsity"] = settings.sparsity * torch.stack([_mean_score(s) for s in scored]).sum()
         return losses
@@ -167,16 +168,16 @@ class DetectionTask(Task):
             ParameterGroup("decoder", [p for part in decoder for p in part.parameters()], settings.decoder_lr),
         ]
         if model.image is not None:
-            groups += _image_groups(nn.ModuleList([model.image, model.to_point, model.to_image]), settings.image_lr,
-                                    settings.image_decay)  # fmt: skip
-            fusion = [*model.key_exchange.parameters(), *model.patch_exchange.parameters()]
-            groups.append(ParameterGroup("fusion", fusion, settings.fusion_lr))
+            giving = nn.ModuleList([model.image, model.to_point, model.to_query, model.to_image])
+            groups += _image_groups(giving, settings.image_lr, settings.image_decay)
+            fusion = nn.ModuleList([model.key_exchange, model.query_exchange, model.patch_exchange])
+            groups.append(ParameterGroup("fusion", list(fusion.parameters()), settings.fusion_lr))
         return [group for group in groups if list(group.params)]
 
     def watch(self, outputs: DetectionOutput) -> dict[str, Tensor]:
         watched = {}
         for block, rate in self.model.rates(outputs).items():
-            for name, share in zip(self.recipe.data.modalities, rate.exchanged, strict=False):
+            for name, share in zip(self.model.exchanging, rate.exchanged, strict=True):
                 watched[f"exchange/{block}/{name}"] = share
         if outputs.visible is not None:
             watched["visible"] = outputs.visible.double().mean()
