@@ -9,10 +9,12 @@ from tokenfusion.errors import UserError
 
 if TYPE_CHECKING:
     from tokenfusion.api import fuse, load
+    from tokenfusion.backbones.hub import FusedNetwork
     from tokenfusion.recipe import read_recipe
 
 __version__ = "0.1.0"
 __all__ = [
+    "FusedNetwork",
     "UserError",
     "fuse",
     "load",
@@ -22,7 +24,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Imported when asked for: torch takes seconds, and ``tokenfusion --help`` needs none of it."""
-    homes = {"fuse": "tokenfusion.api", "load": "tokenfusion.api", "read_recipe": "tokenfusion.recipe"}
+    homes = {
+        "FusedNetwork": "tokenfusion.backbones.hub",
+        "fuse": "tokenfusion.api",
+        "load": "tokenfusion.api",
+        "read_recipe": "tokenfusion.recipe",
+    }
     if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(homes[name]), name)

@@ -5,20 +5,22 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import re
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, overload
 
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
+from tokenfusion.backbones import saved
 from tokenfusion.backbones.hub import FusedNetwork, FuserFactory
-from tokenfusion.components import FUSERS, TARGET, explain, maker, read_yaml, write_text
+from tokenfusion.backbones.lockstep import ExchangeFactory, FusedStreams, Index, Pair
+from tokenfusion.backbones.weights import local_folder
+from tokenfusion.components import EXCHANGES, FUSER_GIVEN, FUSERS, TARGET, explain, maker, read_yaml, write_text
 from tokenfusion.data.folder import DatasetSpec
 from tokenfusion.errors import UserError, nearest
-from tokenfusion.tasks.fusing import FUSER_GIVEN
 from tokenfusion.tasks.runs import device_of, judged_folder, load_run, save_weights
 from tokenfusion.train import FitResult
 
@@ -122,10 +124,14 @@ def prepare_rooms(
     return rooms.prepare(Path(out), train, val, height, width, seed)
 
 
+Fusing = str | Mapping[str, Any] | None  # a word, a component, the default
+
+
+@overload
 def fuse(
     network: nn.Module,
     modalities: Sequence[str] | Mapping[str, int],
-    fuser: str | Mapping[str, Any] | FuserFactory | None = None,
+    fuser: Fusing | FuserFactory = None,
     *,
     example: Tensor | None = None,
     score_nets: Literal["stage", "block"] = "block",
@@ -133,18 +139,50 @@ def fuse(
     alignment: bool = False,
     seed: int = 0,
     trust: bool = False,
-) -> FusedNetwork:
-    """Make one network for several aligned modalities out of a single-modal one: shared weights, private norms.
+) -> FusedNetwork: ...
+
+
+@overload
+def fuse(
+    network: Mapping[str, nn.Module],
+    *,
+    fuser: Fusing | ExchangeFactory = None,
+    example: Mapping[str, Tensor] | None = None,
+    projection: Mapping[Pair, Index] | None = None,
+    mlp: bool = False,
+    alignment: bool = False,
+    seed: int = 0,
+    trust: bool = False,
+) -> FusedStreams: ...
+
+
+def fuse(
+    network: nn.Module | Mapping[str, nn.Module],
+    modalities: Sequence[str] | Mapping[str, int] | None = None,
+    fuser: Any = None,
+    *,
+    seed: int = 0,
+    trust: bool = False,
+    **options: Any,
+) -> FusedNetwork | FusedStreams:
+    """Make one model for several modalities out of single-modal networks, which are used, not copied.
+
+    One network for aligned modalities is shared by their streams, with private norms. Several networks, one per modality, of
+    any widths and depths, stay separate and exchange tokens in lockstep.
 
     Args:
-        network: of timm, of Hugging Face, or any module whose blocks have an attention and an MLP; it is used, not copied.
-        modalities: names of the streams; with channels where they differ from the network's: ``{"rgb": 3, "depth": 1}``.
-        fuser: a word (``tokenfusion``, ``tokenfusion-paper``, ``concat``, ``average``, ``random``, ``none``), a component
-            (``{"_target_": "tokenfusion.fusion.TokenFusion", "threshold": 0.02}``), or what makes a fuser from (dim,
-            modalities, stage). None: TokenFusion by the released rule, theta 0.02, whose scores start at 0.95, so that a
-            pretrained network is hardly weakened on the first day.
-        example: an input ``[B, ...]``, for modules that are neither of timm nor of Hugging Face.
+        network: of timm, of Hugging Face, or any module whose blocks have an attention and an MLP; or one per modality:
+            ``{"rgb": vit, "audio": ast}``.
+        modalities: of a shared network: names of the streams; with channels where they differ from the network's:
+            ``{"rgb": 3, "depth": 1}``.
+        fuser: a word (``tokenfusion``, ``average``, ``random``, ``none``; of a shared network ``tokenfusion-paper`` and
+            ``concat`` too), a component (``{"_target_": "tokenfusion.fusion.TokenFusion", "threshold": 0.02}``), or what
+            makes a fuser from (dim, modalities, stage), for separate networks an exchange from (dim, seed). None:
+            TokenFusion, theta 0.02, whose scores start at 0.95, so that a pretrained network is hardly weakened on the
+            first day; by the released rule in a shared network, by the paper's between separate ones.
+        example: an input ``[B, ...]``, for modules that are neither of timm nor of Hugging Face; by name for several.
         score_nets, blocks, alignment: see :class:`~tokenfusion.backbones.hub.FusedNetwork`.
+        projection, mlp: of separate networks, see :class:`~tokenfusion.backbones.lockstep.FusedStreams`.
         seed: of the group allocation with more than two modalities.
         trust: build fusers outside of tokenfusion.
 
@@ -153,6 +191,13 @@ def fuse(
 
     Example: ``model = tokenfusion.fuse(timm.create_model("vit_small_patch14_dinov2", pretrained=True), ["rgb", "depth"])``
     """
+    if isinstance(network, Mapping):
+        if modalities is not None:
+            raise UserError("networks by modality name their modalities themselves; leave `modalities` out")
+        return _fuse_streams(network, fuser, seed, trust, options)
+    if modalities is None:
+        raise UserError('fuse(network, modalities): wanted the names of the streams, such as ["rgb", "depth"]')
+    _known(options, FusedNetwork)
     if fuser is None:
         fuser = {TARGET: "tokenfusion.fusion.TokenFusion", "init_bias": 3.0}
     if isinstance(fuser, str):
@@ -162,8 +207,37 @@ def fuse(
     make = fuser
     if isinstance(fuser, Mapping):
         make = partial(maker(fuser, "fuser", FUSER_GIVEN, trust), seed=seed)
-    model = FusedNetwork(network, modalities, cast("FuserFactory", make), example, score_nets, blocks, alignment)
+    model = FusedNetwork(network, modalities, make, **options)
+    for sentence in model.account:  # pretrained weights were adapted
+        logging.getLogger("tokenfusion").warning(sentence)
+    if isinstance(fuser, Mapping):
+        model.recipe |= {"fuser": dict(fuser), "seed": seed}
     return model
+
+
+def _fuse_streams(
+    networks: Mapping[str, nn.Module], fuser: Any, seed: int, trust: bool, options: Mapping[str, Any]
+) -> FusedStreams:
+    """Separate networks with an exchange by word, by component, or by what makes one."""
+    _known(options, FusedStreams)
+    if fuser is None:
+        fuser = {**EXCHANGES["tokenfusion"], "init_bias": 3.0}
+    if isinstance(fuser, str):
+        if fuser not in EXCHANGES:
+            raise UserError(f"fuser is {fuser!r}; separate networks take {', '.join(EXCHANGES)}")
+        fuser = EXCHANGES[fuser]
+    make = maker(fuser, "fuser", ("dim", "seed"), trust) if isinstance(fuser, Mapping) else fuser
+    return FusedStreams(networks, make, seed=seed, **options)
+
+
+def _known(options: Mapping[str, Any], kind: type[nn.Module]) -> None:
+    """Raise a UserError where a kind of fused model has no such option."""
+    elsewhere = ("network", "networks", "modalities", "fuser", "exchange", "seed")
+    own = [name for name in inspect.signature(kind).parameters if name not in elsewhere]
+    for name in options:
+        if name not in own:
+            what = "one shared network" if kind is FusedNetwork else "separate networks"
+            raise UserError(f"fuse() of {what} takes no {name!r}; {nearest(name, own)}")
 
 
 def train(recipe: Recipe, out: str | Path, trust: bool = False) -> FitResult:
@@ -248,17 +322,23 @@ def predict(
     return written
 
 
-def load(path: str | Path, checkpoint: str = "last", trust: bool = False) -> nn.Module:
-    """The model of a run folder, in eval mode.
+def load(
+    path: str | Path, checkpoint: str = "last", trust: bool = False, network: nn.Module | None = None
+) -> nn.Module:
+    """The model of a run folder, or a fused network that was saved, in eval mode.
 
     Args:
-        path: a run folder (the ``--out`` of ``train`` or of ``convert``), or the hub id of an uploaded one.
-        checkpoint: ``"last"`` or ``"best"``.
+        path: a run folder (the ``--out`` of ``train`` or of ``convert``), what ``save_pretrained()`` of a fused network wrote,
+            or the hub id of an uploaded one; told apart by their files.
+        checkpoint: ``"last"`` or ``"best"``, of a run.
         trust: build components outside of tokenfusion.
+        network: of a saved network that cannot be built from its name: a fresh one, as it was given to :func:`fuse`.
 
     Example: ``tokenfusion.load("runs/nyu")({"rgb": rgb, "depth": depth}).ensemble``
     """
-    run = _local(str(path))
+    run = local_folder(str(path))
+    if saved.is_saved(run):
+        return saved.load(run, network, trust)
     recipe = recipe_of(run)
     return _loaded(run, recipe, checkpoint, trust, "cpu")[0]
 
@@ -281,16 +361,3 @@ def save(recipe: Recipe, dataset: DatasetSpec, tensors: Mapping[str, Tensor], ou
     out = Path(out)
     model = task_package(recipe.task).model_of(recipe, dataset, out / "dataset.yaml", False)
     save_weights(model, tensors, cast("BaseModel", recipe), dataset, out)
-
-
-def _local(name: str) -> Path:
-    """A folder here, or what the hub holds under this id."""
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return Path(name)
-    from huggingface_hub import snapshot_download  # heavy import, and only needed here
-
-    try:
-        return Path(snapshot_download(name))
-    except Exception as error:  # the hub's client raises many kinds; each means "not from there"
-        reason = str(error).splitlines()[0][:120]
-        raise UserError(f"{name}: no such folder, and not to be had from the hub ({reason})") from None

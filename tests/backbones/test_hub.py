@@ -67,3 +67,19 @@ def test_a_missing_modality_is_left_out() -> None:
 def test_convolutions_are_told() -> None:
     with pytest.raises(tokenfusion.UserError, match="no transformer blocks"):
         tokenfusion.fuse(timm.create_model("test_resnet"), ["rgb", "depth"])
+
+
+def test_adapted_stems_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    tokenfusion.fuse(vit(), {"rgb": 3, "depth": 1}, "none")
+    assert "depth: 1 channel; patch_embed.proj starts from the weights of 3 channels" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{"fuser": "concat"}, {"fuser": THETA, "blocks": [12]}])
+def test_a_network_that_cannot_be_fused_stays_as_it_is(options: dict) -> None:
+    network = timm.create_model("test_vit_relpos", num_classes=5, img_size=48).eval()
+    names, x = list(network.state_dict()), images("rgb")["rgb"]
+    expected = network(x)
+    with pytest.raises(tokenfusion.UserError, match=r"block|blocks"):
+        tokenfusion.fuse(network, {"rgb": 3, "depth": 1}, **options)
+    assert list(network.state_dict()) == names
+    assert torch.equal(network(x), expected)

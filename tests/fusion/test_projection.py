@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokenfusion.fusion.projection import gather_views, pair_layers, patch_index, project, projection_net, scatter_mean
+from tokenfusion.fusion.projection import (
+    camera_index,
+    gather_views,
+    grid_index,
+    pair_layers,
+    patch_index,
+    project,
+    projection_net,
+    scatter_mean,
+    time_index,
+)
 
 SIZE, PATCH = (37, 50), 16  # two whole patches by three; 5 rows and 2 columns are left over
 CAMERA = torch.tensor([[20.0, 24.5, 0, 0], [0, 18.0, -20, 0], [0, 1, 0, 0]])  # looks along y, z up
@@ -321,3 +331,62 @@ def test_the_projection_net_keeps_the_spread_of_its_input() -> None:
     x = 0.4 * torch.randn(2000, 96) + 0.3
     made = projection_net(96, 288)(x)
     assert 0.5 < made.std(0).mean() / x.std(0).mean() < 1.5
+
+
+# ---- maps between token grids --------------------------------------------------------------------------------------------
+
+
+def test_a_patch_takes_the_one_that_holds_its_middle() -> None:
+    assert grid_index((2, 3), (2, 3)).tolist() == [0, 1, 2, 3, 4, 5]
+    assert grid_index((1, 2), (2, 4)).tolist() == [5, 7]
+    assert grid_index((2, 4), (1, 2)).tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
+def test_grids_over_one_picture_agree_with_the_geometry(rows: int, columns: int, others: int, across: int) -> None:
+    index = grid_index((rows, columns), (others, across))
+    for number, taken in enumerate(index.tolist()):
+        v, u = (number // columns + 0.5) / rows, (number % columns + 0.5) / columns
+        assert taken // across == int(v * others + 1e-9)
+        assert taken % across == int(u * across + 1e-9)
+
+
+def test_spectrograms_over_one_span_keep_their_frequency() -> None:
+    """Two bands; 4 and 2 times, time running fastest."""
+    assert time_index((2, 4), (2, 2)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert time_index((2, 4), (2, 4)).tolist() == list(range(8))
+
+
+def test_a_video_takes_the_sound_of_its_moment() -> None:
+    """2 times of 2 x 1 patches, and 2 bands of 4 times."""
+    assert time_index((2, 2, 1), (2, 4), receiver_time=0).tolist() == [1, 5, 3, 7]
+    assert time_index((2, 4), (2, 2, 1), giver_time=0).tolist() == [0, 0, 2, 2, 1, 1, 3, 3]
+
+
+def test_a_picture_lies_in_the_middle_of_the_span() -> None:
+    assert time_index((1, 1, 2), (2, 5), receiver_time=0).tolist() == [2, 7]
+    with pytest.raises(ValueError, match=r"time axis 2 of a token grid \(3, 5\): there is none"):
+        time_index((1, 2, 2), (3, 5), 0, 2)
+
+
+def test_spectrogram_transformers_lay_out_time_fastest() -> None:
+    """The order that time_index takes for granted of (frequencies, times), in transformers' own patch embedding."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ASTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, max_length=56, num_mel_bins=36
+    )
+    embed = transformers.ASTModel(config).embeddings.patch_embeddings
+    quiet = torch.zeros(1, 56, 36)  # [B, time, mel], 5 patches of stride 10 by 3
+    loud = quiet.clone()
+    loud[0, 55, 17] = 1  # only the last time sees frame 55; bin 17 lies in bands 1 (10..25) and no other but 0 (0..15)
+    changed = (embed(loud) != embed(quiet)).any(-1)[0].nonzero().flatten().tolist()
+    assert changed == [1 * 5 + 4]
+
+
+def test_a_camera_says_which_patch_shows_a_point_and_where_there_is_none() -> None:
+    points = torch.tensor([[[0.0, 2, 0], [0, -2, 0], [0, 2, 1]]])
+    index = camera_index(points, CAMERA[None], SIZE, PATCH)
+    expected, visible = seen(points[0], CAMERA)
+    assert index.dtype == torch.int64
+    assert visible.tolist() == [True, False, True]
+    assert index[0].tolist() == [int(expected[0]), -1, int(expected[2])]

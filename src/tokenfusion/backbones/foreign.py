@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenfusion.backbones.survey import BlockPlan, first_tensor
-from tokenfusion.errors import UserError
+from tokenfusion.errors import UserError, nearest, require
 from tokenfusion.fusion.fusers import Grid
+
+POSITION = re.compile(r"(^|\.)(pos_embed|position_embeddings?)(\.weight)?$")
 
 
 def kind_of(network: nn.Module) -> str:
@@ -21,10 +25,19 @@ def kind_of(network: nn.Module) -> str:
     return "hf" if hasattr(network, "main_input_name") and hasattr(network, "config") else "module"
 
 
+def library(kind: str) -> Any:
+    """timm or transformers.
+
+    Raises:
+        UserError: where it is not installed.
+    """
+    return require("timm", "hf") if kind == "timm" else require("transformers", "hf")
+
+
 def call(network: nn.Module, x: Tensor) -> tuple[Any, Any]:
     """Features of the last layer and the network's own answer; for other modules the answer twice."""
     kind = kind_of(network)
-    if kind == "timm":
+    if kind == "timm" and not _is_headless(network):
         features = network.forward_features(x)  # type: ignore[operator]
         return features, network.forward_head(features)  # type: ignore[operator]
     if kind == "hf":
@@ -32,6 +45,12 @@ def call(network: nn.Module, x: Tensor) -> tuple[Any, Any]:
         return getattr(output, "last_hidden_state", None), output
     output = network(x)
     return output, output
+
+
+def _is_headless(network: nn.Module) -> bool:
+    """An encoder of timm whose head only says that there is none."""
+    code = getattr(network.forward_head, "__code__", None)
+    return code is not None and "NotImplementedError" in code.co_names
 
 
 def answer_of(output: Any) -> Tensor:
@@ -49,6 +68,45 @@ def answer_of(output: Any) -> Tensor:
     if tensor is None:
         raise UserError(f"the network answers with {type(output).__name__}, which holds no tensor to average")
     return tensor
+
+
+def timm_network(name: str, **arguments: Any) -> nn.Module:
+    """A network of timm without its classifier; ``pretrained=True`` fetches its weights from the hub.
+
+    Args:
+        name: as in ``timm.list_models()``.
+        arguments: of ``timm.create_model``. ``dynamic_img_size`` is on where the network knows it: images of any size.
+
+    Raises:
+        UserError: unknown name; arguments that the network refuses; weights that cannot be fetched.
+    """
+    timm = require("timm", "hf")
+    if not timm.is_model(name.split(".")[0]):
+        raise UserError(f"timm has no model {name!r}; {nearest(name, timm.list_models())[:200]}")
+    arguments = {"num_classes": 0, **arguments}
+    try:
+        return timm.create_model(name, **{"dynamic_img_size": True, **arguments})
+    except TypeError:  # a family that does not know that argument; of the user's own ones this tells again
+        pass
+    try:
+        return timm.create_model(name, **arguments)
+    except Exception as error:  # whatever the many constructors and the hub's client raise
+        raise UserError(f"timm/{name}: {str(error).splitlines()[0][:160]}") from None
+
+
+def hf_network(name: str, pretrained: bool = False) -> nn.Module:
+    """A network of Hugging Face, from a folder with a config.json or a hub id; ``pretrained`` loads its weights too.
+
+    Raises:
+        UserError: where neither the folder nor the hub has it.
+    """
+    transformers = require("transformers", "hf")
+    try:
+        if pretrained:
+            return transformers.AutoModel.from_pretrained(name)
+        return transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(name))
+    except Exception as error:  # the hub's client raises many kinds
+        raise UserError(f"hf/{name}: {str(error).splitlines()[0][:160]}") from None
 
 
 def example_of(network: nn.Module) -> Tensor:
@@ -85,12 +143,28 @@ def position_parameter(network: nn.Module, dim: int) -> str | None:
     return None
 
 
+def resampled_table(table: Tensor, length: int, grid: Grid) -> Tensor:
+    """A position embedding ``[1, extra + side * side, C]`` of a square image for another grid: ``[1, length, C]``.
+
+    The rows before the map's (class, register tokens) stay; where the target has fewer of them, the first ones go.
+    """
+    if table.shape[1] == length:
+        return table
+    side, extra = math.isqrt(table.shape[1]), length - grid[0] * grid[1]
+    own = table.shape[1] - side * side
+    image = table[:, own:].transpose(1, 2).unflatten(2, (side, side)).float()
+    image = F.interpolate(image, size=grid, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([table[:, own - extra : own], image.flatten(2).transpose(1, 2).to(table.dtype)], 1)
+
+
 class Position:
     """A network's own position embedding, for residual positional alignment.
 
     Args:
-        name: of the parameter ``[1, extra + h * w + suffix, C]`` in the network.
-        plan: of the first block, which knows grid and prefix.
+        name: of the parameter in the network, ``[1, extra + h * w + suffix, C]``, the same without the first axis, or
+            ``[1, h, w, C]``.
+        grid: rows and columns of the first block's map.
+        suffix: tokens behind the map's.
     """
 
     def __init__(self, name: str, grid: Grid, suffix: int) -> None:
@@ -98,7 +172,7 @@ class Position:
 
     def on(self, network: nn.Module, grid: Grid, prefix: int) -> Tensor:
         """``[prefix + N, C]``, zeros at the prefix, gradient stopped; resampled where the map has another size."""
-        table = network.get_parameter(self.name).detach()[0]
+        table = network.get_parameter(self.name).detach().flatten(0, -2)
         tokens = self.grid[0] * self.grid[1]
         own = table[len(table) - self.suffix - tokens : len(table) - self.suffix]
         if grid != self.grid:
@@ -110,9 +184,11 @@ class Position:
 def position_of(network: nn.Module, plans: Sequence[BlockPlan]) -> Position | None:
     """The position embedding that alignment re-adds, None where the network has none that it adds to its tokens."""
     first = plans[0]
-    name = position_parameter(network, first.dim)
-    if name is None or first.grid is None:
+    if first.grid is None:
         return None
-    length, suffix = network.get_parameter(name).shape[1], first.layout.suffix
-    tokens = first.grid[0] * first.grid[1]
-    return Position(name, first.grid, suffix) if length - suffix >= tokens else None
+    for name, parameter in network.named_parameters():
+        fits = POSITION.search(name) and parameter.dim() > 1 and parameter.shape[-1] == first.dim
+        rows = parameter.numel() // first.dim - first.grid[0] * first.grid[1] - first.layout.suffix
+        if fits and 0 <= rows <= first.prefix:
+            return Position(name, first.grid, first.layout.suffix)
+    return None

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenfusion.backbones.block import PreNormBlock
+from tokenfusion.backbones.keys import from_mit
 from tokenfusion.backbones.mit import Pyramid, to_map
+from tokenfusion.backbones.weights import fetch, load_into
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.alignment import LearnedPosition
 from tokenfusion.fusion.exchange import ExchangeRates
@@ -78,6 +80,25 @@ class FusedBackbone(nn.Module):
         return self.backbone.dims
 
     @property
+    def smallest(self) -> int:
+        """Pixels that an image must have along each axis."""
+        return self.backbone.smallest
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The single-modal part."""
+        return self.backbone
+
+    @property
+    def learned_position(self) -> nn.Module | None:
+        """What residual positional alignment learns."""
+        return self.position
+
+    def load(self, source: str) -> str:
+        """Fill the network from single-modal weights; returns the account of what was loaded, copied and left random."""
+        return load_into(self.backbone, from_mit(fetch(source))).summary(source)
+
+    @property
     def threshold(self) -> float | None:
         """The fuser's, None where it does not score."""
         return self.fuser_of(0, len(self.backbone.parts()[0].blocks) - 1).threshold
@@ -118,10 +139,11 @@ class FusedBackbone(nn.Module):
 
     def check_size(self, shape: Sequence[int]) -> None:
         """Raise a UserError where images ``[..., H, W]`` are too small for the pyramid."""
-        smallest = self.backbone.smallest
-        if min(shape[-2:]) < smallest:
+        if min(shape[-2:]) < self.smallest:
             size = f"{shape[-2]}x{shape[-1]}"
-            raise UserError(f"an image of {size} pixels is too small: at least {smallest}x{smallest} is wanted")
+            raise UserError(
+                f"an image of {size} pixels is too small: at least {self.smallest}x{self.smallest} is wanted"
+            )
 
     def stack(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """``{name: [B, C, H, W]} -> [M, B, C, H, W]`` and, where a name is missing, present ``[M, B]``."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_map
 from tokenfusion.backbones.foreign import answer_of, call, example_of, position_of
 from tokenfusion.backbones.stems import Stems, adapt_stem
 from tokenfusion.backbones.survey import BlockPlan, Survey, first_tensor, is_norm, survey
+from tokenfusion.components import component_of
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.ensemble import LearnedEnsemble
 from tokenfusion.fusion.exchange import ExchangeRates
@@ -30,16 +32,25 @@ class FusedOutput(NamedTuple):
 
     ``features``: tokens or maps of its last layer, as the network gives them. ``outputs``: the network's own answer (logits,
     pooled features, a model output of Hugging Face). ``ensemble``: the learned mean of the answers' first tensor.
+    ``donors``: in the shape of ``scores``, the score of what would stand in for each token, -1 where nothing would; None
+    where the streams share their blocks, and the donors' scores are other rows of ``scores``.
     """
 
     features: dict[str, Any]
     outputs: dict[str, Any]
-    ensemble: Tensor  # [B, ...]
+    ensemble: Tensor | None  # [B, ...]; None where separate networks answer in different shapes
     scores: list[Tensor]  # per fused block [M, B, N]; empty where the fuser does not score
     present: Tensor | None  # bool [M, B], None where every modality is there
+    donors: list[Tensor] | None = None
 
 
-class _Step(NamedTuple):
+class Runner(Protocol):
+    """A forward pass that has the say over its blocks."""
+
+    def block(self, place: FusedBlock, x: Tensor, args: Any, kwargs: Any) -> Any: ...
+
+
+class Step(NamedTuple):
     """A block that is running."""
 
     fuser: Fuser
@@ -47,12 +58,12 @@ class _Step(NamedTuple):
     ctx: Context
 
 
-class _Door:
+class Door:
     """What the blocks of one network share while it runs: plain attributes, empty between two forward passes."""
 
     def __init__(self) -> None:
-        self.run: _Run | None = None
-        self.step: _Step | None = None
+        self.run: Runner | None = None
+        self.step: Step | None = None
 
 
 class FusedBlock(nn.Module):
@@ -62,7 +73,7 @@ class FusedBlock(nn.Module):
     attention's residual branch, through hooks on the block's children.
     """
 
-    def __init__(self, block: nn.Module, plan: BlockPlan, index: int, modalities: int, door: _Door) -> None:
+    def __init__(self, block: nn.Module, plan: BlockPlan, index: int, modalities: int, door: Door) -> None:
         super().__init__()
         self.block, self.plan, self.index, self.modalities, self.door = block, plan, index, modalities, door
         attention = block.get_submodule(plan.parts.attention)
@@ -81,11 +92,14 @@ class FusedBlock(nn.Module):
 
     def run(self, x: Tensor, fuser: Fuser, ctx: Context, args: Any, kwargs: Any) -> tuple[Any, Tensor | None]:
         """The block on all streams ``x`` ``[M*B, ...]``: its output, and the scores ``[M, B, N]``."""
-        layout = self.plan.layout
-        entry = fuser.enter(split(layout.tokens(x), self.modalities), ctx)
-        self.door.step = _Step(fuser, entry, ctx)
+        entry = fuser.enter(split(self.plan.layout.tokens(x), self.modalities), ctx)
+        return self.under(Step(fuser, entry, ctx), x, args, kwargs), entry.scores
+
+    def under(self, step: Step, x: Tensor, args: Any, kwargs: Any) -> Any:
+        """The block on the tokens that were decided on, in the shape of its own input ``x``: its output."""
+        self.door.step = step
         try:
-            return self.block(layout.back(merge(entry.x), x), *args, **kwargs), entry.scores
+            return self.block(self.plan.layout.back(merge(step.entry.x), x), *args, **kwargs)
         finally:
             self.door.step = None
 
@@ -105,7 +119,7 @@ class FusedBlock(nn.Module):
             return (self._leave(step, output[0]), *output[1:])
         return self._leave(step, output)
 
-    def _leave(self, step: _Step, x: Tensor) -> Tensor:
+    def _leave(self, step: Step, x: Tensor) -> Tensor:
         layout = self.plan.branch_layout
         left = step.fuser.leave(split(layout.tokens(x), self.modalities), step.entry.scores, step.ctx)
         return layout.back(merge(left), x)
@@ -122,13 +136,15 @@ class FusedBlock(nn.Module):
         step = self.door.step
         if step is None or not step.fuser.attends_to_all:
             return None
-        x = split(args[0], self.modalities)  # [M, B, N, C]
+        name = None if args else next(iter(kwargs))  # some attentions are given their tokens by name
+        x = split(kwargs[name] if name else args[0], self.modalities)  # [M, B, N, C]
         if step.ctx.present is not None:
             there = step.ctx.present.t().repeat_interleave(x.shape[2], 1)[:, None, None]
             mask = torch.zeros_like(there, dtype=x.dtype).masked_fill(~there, float("-inf"))
             kwargs = {**kwargs, _mask_argument(module): mask}
             args = args[:1]
-        return (x.transpose(0, 1).flatten(1, 2), *args[1:]), kwargs
+        united = x.transpose(0, 1).flatten(1, 2)
+        return ((), {**kwargs, name: united}) if name else ((united, *args[1:]), kwargs)
 
     def _divide(self, module: nn.Module, args: Any, output: Any) -> Any:
         step = self.door.step
@@ -185,7 +201,51 @@ class _Run:
         return output
 
 
-class FusedNetwork(nn.Module):
+class FusedModel(nn.Module):
+    """What fused networks of both kinds do: remember the scores for the penalty, recompute blocks."""
+
+    def __init__(self, modalities: tuple[str, ...]) -> None:
+        super().__init__()
+        self.modalities = modalities
+        self.recomputes = False
+        self.ensemble = LearnedEnsemble(len(modalities))
+        self.account: list[str] = []  # what was done to the networks, in sentences
+        self._scores: list[Tensor] | None = None
+
+    def sparsity(self, reduction: Reduction = "mean") -> Tensor:
+        """The l1 norm of the last forward pass's scores (Eq. 5), to be added to the loss times lambda; 0 without scores.
+
+        Raises:
+            RuntimeError: where there was no forward pass in training mode.
+        """
+        if self._scores is None:
+            raise RuntimeError("sparsity() wants a forward pass in training mode first")
+        return sparsity_loss(self._scores, reduction).to(next(self.ensemble.parameters()).device)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute every block in the backward pass, to save memory; the network's own switch cannot see the fusers."""
+        self.recomputes = enable
+
+    def presence(
+        self, inputs: Mapping[str, Any], present: Tensor | None, batch: int, device: torch.device
+    ) -> Tensor | None:
+        """Who is there, bool ``[M, B]``: whose input is given and whom ``present`` does not deny; None = everyone."""
+        wanted = (len(self.modalities), batch)
+        if present is not None and (present.shape != wanted or present.dtype != torch.bool):
+            got = f"{present.dtype} {list(present.shape)}"
+            raise ValueError(f"present must be bool {list(wanted)} (modalities, samples); got {got}")
+        given = [name in inputs for name in self.modalities]
+        if all(given):
+            return present
+        there = torch.tensor(given, device=device).unsqueeze(1)
+        return there.expand(-1, batch) if present is None else present & there
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the last scores out: they belong to a graph."""
+        return {**self.__dict__, "_scores": None}
+
+
+class FusedNetwork(FusedModel):
     """One network for M aligned modalities: shared weights, private norms, a fuser in every block.
 
     The network given is the network used: its norms become private copies (they start equal), each of its blocks is held in
@@ -219,48 +279,75 @@ class FusedNetwork(nn.Module):
         blocks: Sequence[int] | None = None,
         alignment: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(tuple(modalities))
         if score_nets not in ("stage", "block"):
             raise ValueError(f"score_nets must be 'stage' or 'block', not {score_nets!r}")
         if len(set(modalities)) != len(modalities) or not modalities:
             raise ValueError(f"modalities must be different names, at least one; got {list(modalities)}")
-        if any(isinstance(module, PerModality | FusedBlock) for module in network.modules()):
-            raise ValueError("this network is fused already: a network is fused once; copy.deepcopy it before")
-        self.modalities = tuple(modalities)
+        check_unfused(network)
+        self.plain = NoFusion(0, len(modalities))
         self.channels = tuple(modalities.values()) if isinstance(modalities, Mapping) else None
-        self.recomputes = False
         example = example_of(network) if example is None else example
         self.survey: Survey = survey(network, example, lambda x: call(network, x))
         self.example_size = example.shape
-        self.account: list[str] = []  # what was done to the network, in sentences
-        if isinstance(modalities, Mapping):
-            self.account += adapt_stem(network, self.survey.stem, modalities)
-        kinds = tuple({type(module) for module in network.modules() if is_norm(module)})
-        make_private(network, len(modalities), kinds)
-        self._door = _Door()
         plans = self.survey.blocks
-        places = []
-        for index, plan in enumerate(plans):
-            parent, _, name = plan.name.rpartition(".")
-            place = FusedBlock(network.get_submodule(plan.name), plan, index, len(modalities), self._door)
-            setattr(network.get_submodule(parent), name, place)
-            places.append(place)
-        self.network = network
-        fusing = range(len(plans)) if blocks is None else [b % len(plans) for b in blocks]
+        fusing = _chosen(blocks, len(plans))
         self._fuser_at: list[int | None] = [None] * len(plans)  # block -> index into fusers
         self.fusers = nn.ModuleList()
         of_stage: dict[int, int] = {}
-        for index in sorted(fusing):
+        for index in fusing:
             plan = plans[index]
             if score_nets == "block" or plan.stage not in of_stage:
                 of_stage[plan.stage] = len(self.fusers)
                 self.fusers.append(fuser(plan.dim, len(modalities), plan.stage))
             self._fuser_at[index] = of_stage[plan.stage]
-            _check_fits(cast("Fuser", self.fusers[of_stage[plan.stage]]), plan, places[index])
-        self.plain = NoFusion(0, len(modalities))
+            _check_fits(self.fuser_of(index), plan, network.get_submodule(plan.name))
+        # all is well: only now the network is touched
+        if isinstance(modalities, Mapping):
+            self.account += adapt_stem(network, self.survey.stem, modalities)
+        make_private(network, len(modalities), is_norm)
+        self._door = Door()
+        hold_blocks(network, plans, len(modalities), self._door)
+        self.network = network
         self.position = position_of(network, plans) if alignment else None
-        self.ensemble = LearnedEnsemble(len(modalities))
-        self._scores: list[Tensor] | None = None
+        component = component_of(fuser)
+        self.recipe: dict[str, Any] = {  # what a saved one is built from
+            "seed": (component or {}).pop("seed", 0),
+            "fuser": component,
+            "score_nets": score_nets,
+            "blocks": None if blocks is None else fusing,
+            "alignment": alignment,
+        }
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights, how to build the network, checksums and a model card (one that is there stays as it is).
+
+        ``huggingface_hub.upload_folder`` brings the folder to the hub. Networks of timm and of Hugging Face are built anew from
+        their name and arguments; that is tried out here, and where the copy would answer differently, a warning says that
+        loading needs ``network=``.
+
+        Raises:
+            UserError: where the fuser has no name to write down, or the folder cannot be written.
+        """
+        from tokenfusion.backbones import saved  # which needs this file
+
+        saved.save(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, network: nn.Module | None = None, trust: bool = False) -> FusedNetwork:
+        """The fused network of a folder that :meth:`save_pretrained` wrote, or of its hub id, in eval mode.
+
+        Args:
+            path: folder or hub id.
+            network: a fresh one, as it was given to ``fuse()``, where it cannot be built from its name.
+            trust: build fusers outside of tokenfusion.
+
+        Raises:
+            UserError: where a file is missing, damaged or of another version, or the network is wanted or does not fit.
+        """
+        from tokenfusion.backbones import saved
+
+        return saved.load(path, network, trust)
 
     def fuser_of(self, index: int) -> Fuser:
         """The fuser that runs a block."""
@@ -285,20 +372,6 @@ class FusedNetwork(nn.Module):
         fused = zip(self.fused_blocks(), scores, strict=True)
         return {self.survey.blocks[b].name: self.fuser_of(b).rates(score, present) for b, score in fused}
 
-    def sparsity(self, reduction: Reduction = "mean") -> Tensor:
-        """The l1 norm of the last forward pass's scores (Eq. 5), to be added to the loss times lambda; 0 without scores.
-
-        Raises:
-            RuntimeError: where there was no forward pass in training mode.
-        """
-        if self._scores is None:
-            raise RuntimeError("sparsity() wants a forward pass in training mode first")
-        return sparsity_loss(self._scores, reduction).to(next(self.ensemble.parameters()).device)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every block in the backward pass, to save memory; the network's own switch cannot see the fusers."""
-        self.recomputes = enable
-
     def freeze(self, private: bool = False) -> None:
         """Keep the network's weights; its private norms and adapted stems go on learning unless ``private`` is true."""
         self.network.requires_grad_(False)
@@ -316,14 +389,7 @@ class FusedNetwork(nn.Module):
         shape = (widest.shape[0], channels, *widest.shape[2:])
         padded = {name: self._padded(name, x, shape) for name, x in inputs.items()}
         streams = [padded[name] if name in padded else widest.new_zeros(shape) for name in self.modalities]
-        if present is not None and (present.shape != (len(streams), shape[0]) or present.dtype != torch.bool):
-            wanted = f"bool [{len(streams)}, {shape[0]}]"
-            raise ValueError(
-                f"present must be {wanted} (modalities, samples); got {present.dtype} {list(present.shape)}"
-            )
-        if len(inputs) < len(streams):
-            there = torch.tensor([name in inputs for name in self.modalities], device=widest.device).unsqueeze(1)
-            present = there.expand(-1, shape[0]) if present is None else present & there
+        present = self.presence(inputs, present, shape[0], widest.device)
         x = torch.stack(streams)
         if present is not None:  # whatever a broken sensor sent, NaN too, goes no further, and neither do its gradients
             x = torch.where(present.view(*present.shape, *[1] * (x.dim() - 2)), x, 0)
@@ -350,8 +416,7 @@ class FusedNetwork(nn.Module):
         self, inputs: Mapping[str, Tensor], blocks: Sequence[int], present: Tensor | None = None
     ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
         """Maps behind some blocks, for dense heads: ``[M, B, C, h, w]`` each, not normed; the scores; who is present."""
-        places = [b % len(self.survey.blocks) for b in blocks]
-        run, _ = self._run(inputs, present, places)
+        run, _ = self._run(inputs, present, _chosen(blocks, len(self.survey.blocks)))
         return run.maps, run.scores, run.present
 
     def _run(self, inputs: Mapping[str, Tensor], present: Tensor | None, wanted: Sequence[int] = ()) -> Any:
@@ -377,17 +442,7 @@ class FusedNetwork(nn.Module):
 
     def grid_of(self, plan: BlockPlan, x: Tensor, size: torch.Size) -> Grid:
         """Rows and columns of a block's map, from its input and the size of the network's."""
-        told = plan.layout.grid(x.shape)
-        if told is not None:
-            return told
-        tokens = x.shape[1] - plan.prefix
-        if plan.grid is not None:
-            if size[1:] == self.example_size[1:]:
-                return plan.grid
-            rows = round(plan.grid[0] * size[-2] / self.example_size[-2])
-            if rows and tokens % rows == 0:
-                return rows, tokens // rows
-        return 1, tokens
+        return grid_at(plan, x, size, self.example_size)
 
     def position_of(self, place: FusedBlock, x: Tensor, size: torch.Size) -> Tensor | None:
         """What alignment re-adds before a block: ``[prefix + N, C]``."""
@@ -396,18 +451,51 @@ class FusedNetwork(nn.Module):
             return None
         return self.position.on(self.network, self.grid_of(plan, x, size), plan.prefix)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the last scores out: they belong to a graph."""
-        return {**self.__dict__, "_scores": None}
+
+def check_unfused(network: nn.Module) -> None:
+    """Raise a ValueError where a network is part of a fused one already."""
+    if any(isinstance(module, PerModality | FusedBlock) for module in network.modules()):
+        raise ValueError("this network is fused already: a network is fused once; copy.deepcopy it before")
 
 
-def _check_fits(fuser: Fuser, plan: BlockPlan, block: FusedBlock) -> None:
+def hold_blocks(network: nn.Module, plans: Sequence[BlockPlan], modalities: int, door: Door) -> list[FusedBlock]:
+    """Put every planned block of a network, in its place, into the hands of a :class:`FusedBlock`."""
+    places = []
+    for index, plan in enumerate(plans):
+        parent, _, name = plan.name.rpartition(".")
+        place = FusedBlock(network.get_submodule(plan.name), plan, index, modalities, door)
+        setattr(network.get_submodule(parent), name, place)
+        places.append(place)
+    return places
+
+
+def grid_at(plan: BlockPlan, x: Tensor, size: torch.Size, example_size: torch.Size) -> Grid:
+    """Rows and columns of a block's map, from its input and the sizes of the network's input now and when it was surveyed."""
+    if plan.grid is None:
+        return 1, x[0].numel() // plan.dim - plan.prefix
+    told = plan.layout.grid(x.shape)
+    if told is not None:
+        return told
+    tokens = x.shape[1] - plan.prefix
+    if size[1:] == example_size[1:]:
+        return plan.grid
+    rows = round(plan.grid[0] * size[-2] / example_size[-2])
+    return (rows, tokens // rows) if rows and tokens % rows == 0 else (1, tokens)
+
+
+def _chosen(blocks: Sequence[int] | None, count: int) -> list[int]:
+    """Numbers of the blocks that fuse, in order; negative ones count from the last."""
+    wrong = [b for b in blocks or () if not -count <= b < count]
+    if wrong:
+        raise UserError(f"blocks: {wrong[0]} is none of the network's {count} blocks, 0..{count - 1}")
+    return list(range(count)) if blocks is None else sorted({b % count for b in blocks})
+
+
+def _check_fits(fuser: Fuser, plan: BlockPlan, block: nn.Module) -> None:
     """Raise a UserError where a fuser asks for what a block does not have."""
-    reason = misfit(fuser, plan, block.block)
+    reason = misfit(fuser, plan, block)
     if reason is not None:
-        raise UserError(
-            f"{type(fuser).__name__} does not fit block {plan.name} ({type(block.block).__name__}): it {reason}"
-        )
+        raise UserError(f"{type(fuser).__name__} does not fit block {plan.name} ({type(block).__name__}): it {reason}")
 
 
 def misfit(fuser: Fuser, plan: BlockPlan, block: nn.Module) -> str | None:
@@ -422,7 +510,7 @@ def _not_united(plan: BlockPlan, block: nn.Module) -> str | None:
     if not plan.parts.is_global:
         return "attends inside windows, to a pooled map, or with positions given to it, which a union of streams does not have"
     attention = block.get_submodule(plan.parts.attention)
-    if any(isinstance(module, PerModality) for module in attention.modules()):
+    if any(is_norm(module) for module in attention.modules()):
         return "norms queries and keys privately inside its attention"
     some = next(attention.parameters())
     x = torch.randn(1, 6, plan.dim, generator=torch.Generator().manual_seed(0)).to(some)

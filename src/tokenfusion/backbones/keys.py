@@ -70,6 +70,35 @@ def from_hf_segformer(source: StateDict) -> StateDict:
     return {k: v for k, v in renamed.items() if ".attention.key." not in k and ".attention.value." not in k}
 
 
+_hf_dinov2 = _substitutes(  # transformers' Dinov2Model, with or without its task prefix -> timm's VisionTransformer
+    [
+        (r"^dinov2\w*\.", ""),
+        (r"^embeddings\.position_embeddings$", "pos_embed"),
+        (r"^embeddings\.register_tokens$", "reg_token"),
+        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"^embeddings\.", ""),
+        (r"^encoder\.layer\.", "blocks."),
+        (r"^layernorm\.", "norm."),
+        (r"\.attention\.output\.dense\.", ".attn.proj."),
+        (r"\.attention\.attention\.", ".attn."),
+        (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+        (r"\.mlp\.weights_in\.", ".mlp.fc1."),
+        (r"\.mlp\.weights_out\.", ".mlp.fc2."),
+    ]
+)
+
+
+def from_hf_dinov2(source: StateDict) -> StateDict:
+    """transformers' Dinov2Model to timm's names: query, key and value become one matrix; the mask token is left out."""
+    renamed = {_hf_dinov2(key): value.float() for key, value in source.items() if not key.endswith("mask_token")}
+    for key in [k for k in renamed if ".attn.query." in k]:
+        parts = [renamed.pop(key.replace(".query.", f".{part}."), None) for part in ("query", "key", "value")]
+        if any(part is None for part in parts):
+            raise UserError(f"{key}: its key or value is missing: not a whole Dinov2Model")
+        renamed[key.replace(".query.", ".qkv.")] = torch.cat([part for part in parts if part is not None])
+    return renamed
+
+
 def from_mit(source: StateDict) -> StateDict:
     """Any of the single-modal MiT layouts, told apart by its keys."""
     if any(key.startswith("stages.0.embed.") for key in source):

@@ -50,6 +50,11 @@ class Stems(nn.Module):
             {str(n): conv if n == conv.in_channels else adapted_stem(conv, n) for n in sorted(set(channels))}
         )
 
+    @property
+    def weight(self) -> Tensor:
+        """Of one of them: some networks ask their first layer for its dtype."""
+        return next(iter(self.convs.values())).weight  # type: ignore[return-value]
+
     def forward(self, x: Tensor) -> Tensor:
         streams = split(x, len(self.channels))
         return torch.cat([self.convs[str(n)](s[:, :n]) for n, s in zip(self.channels, streams, strict=True)])

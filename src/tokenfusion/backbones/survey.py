@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -121,7 +121,7 @@ class Survey:
 
     blocks: list[BlockPlan]
     skipped: dict[str, str]
-    stem: str | None  # the convolution that sees the input
+    stem: str | None  # the convolution that sees the input, where it is the only one
 
 
 @dataclass
@@ -134,6 +134,8 @@ class _Call:
     is_alone: bool = True  # no tensor and no size beside the first argument
     pair: Grid | None = None  # two whole numbers among the arguments: rows and columns
     children: list[_Call] = field(default_factory=list)
+    tokens: Tensor | None = None  # what it was given, of the first block and where its shape has two readings
+    maps: list[Grid] = field(default_factory=list)  # rows and columns that convolutions outside blocks gave before
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -146,7 +148,12 @@ def first_tensor(value: Any) -> Tensor | None:
 def is_norm(module: nn.Module) -> bool:
     """A layer that norms: its class says so, and its parameters, if any, are one number per channel."""
     own = list(module.parameters(recurse=False))
-    return bool(NORM.search(type(module).__name__)) and not list(module.children()) and all(p.dim() <= 1 for p in own)
+    is_named = (
+        bool(NORM.search(type(module).__name__)) and not list(module.children()) and all(p.dim() <= 1 for p in own)
+    )
+    return is_named and getattr(module, "normalized_shape", None) != (
+        1,
+    )  # one channel, normed, is its bias and no more
 
 
 def _child(module: nn.Module, pattern: re.Pattern[str]) -> list[str]:
@@ -176,9 +183,10 @@ def candidates(network: nn.Module) -> dict[str, nn.Module]:
 def _watched(
     network: nn.Module, blocks: dict[str, nn.Module], calls: list[_Call], stems: list[_Call]
 ) -> Iterator[None]:
-    """Note every call of the blocks, of their children, and of the convolutions before them."""
+    """Note every call of the blocks, of their children, and of the convolutions outside them."""
     handles: list[Any] = []
     open_calls: list[_Call] = []
+    maps: list[Grid] = []
 
     def begin(name: str, into: list[_Call] | None) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -186,6 +194,8 @@ def _watched(
             more = [*args[1:], *kwargs.values()] if args else list(kwargs.values())[1:]
             call = _Call(name, None if x is None else x.shape, None, _is_nothing(more), _pair(more))
             if into is not None:
+                is_either = x is not None and x.dim() == 4 and x.shape[1] == x.shape[3]
+                call.tokens, call.maps = x if is_either or not into else None, list(maps)
                 into.append(call)
             elif open_calls:
                 open_calls[-1].children.append(call)
@@ -199,8 +209,9 @@ def _watched(
 
     def convolved(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            if not calls:
-                stems.append(_Call(name, args[0].shape, output.shape))
+            stems.append(_Call(name, args[0].shape, output.shape))
+            if output.dim() == 4:
+                maps.append((output.shape[2], output.shape[3]))
 
         return hook
 
@@ -246,6 +257,7 @@ def survey(network: nn.Module, example: Any, run: Any) -> Survey:
     Raises:
         UserError: where no block can be fused; the first reason is told.
     """
+    example = halved(example)
     blocks, calls, stems = candidates(network), [], []  # type: dict[str, nn.Module], list[_Call], list[_Call]
     kind = type(network).__name__
     if not blocks:
@@ -260,41 +272,61 @@ def survey(network: nn.Module, example: Any, run: Any) -> Survey:
     finally:
         for module, mode in was_training.items():
             module.training = mode
-    plans, skipped = _plans(network, blocks, calls, stems[-1] if stems else None, example)
+    plans, skipped = _plans(network, blocks, calls, example.shape)
     if not plans:
         name, reason = next(iter(skipped.items()))
         raise UserError(f"{kind} cannot be fused: block {name} ({type(blocks[name]).__name__}) {reason}")
-    stem = stems[0].name if stems and stems[0].given == example.shape else None
+    see_it = [call for call in stems if call.given is not None and call.given[:2] == example.shape[:2]]
+    stem = see_it[0].name if len(see_it) == 1 and see_it[0].given == example.shape else None
     return Survey(plans, skipped, stem)
 
 
+def halved(example: Any) -> Any:
+    """Images that tell where a token looks: noise, the same with other noise in its left half, and in its upper half.
+
+    Inputs that are no images stay as they are.
+    """
+    if not isinstance(example, Tensor) or example.dim() != 4 or not example.is_floating_point():
+        return example
+    some, other = torch.randn((2, *example.shape[1:]), generator=torch.Generator().manual_seed(0)).to(example)
+    rows = example[0] + torch.stack([some, some, some])
+    rows[1, :, :, : example.shape[3] // 2] = other[:, :, : example.shape[3] // 2]
+    rows[2, :, : example.shape[2] // 2] = other[:, : example.shape[2] // 2]
+    return rows
+
+
 def _plans(
-    network: nn.Module, blocks: dict[str, nn.Module], calls: list[_Call], stem: _Call | None, example: Tensor
+    network: nn.Module, blocks: dict[str, nn.Module], calls: list[_Call], example: torch.Size
 ) -> tuple[list[BlockPlan], dict[str, str]]:
     """Plans of the blocks that were called, in that order; the reasons of those that cannot be fused."""
     plans: list[BlockPlan] = []
     called = [call.name for call in calls]
     skipped = {name: "is not run in the forward pass" for name in blocks if name not in called}
     suffix = getattr(getattr(network, "config", None), "num_detection_tokens", 0)
-    extra, last = 0, None  # tokens beside the map's in the first block; width and number of tokens of the block before
+    told = getattr(network, "num_prefix_tokens", 0)  # timm
+    seen: dict[int, tuple[Grid | None, int]] = {}  # by number of tokens: the map, the tokens beside it
+    last = None  # width and number of tokens of the block before
     for call in calls:
         if called.count(call.name) > 1:
             skipped[call.name] = "runs more than once in a forward pass"
             continue
-        parts = _parts(blocks[call.name], call, len(example))
+        parts = _parts(blocks[call.name], call, example[0])
         if isinstance(parts, str):
             skipped[call.name] = parts
             continue
         assert call.given is not None
-        if not plans:
-            extra = _extra(call.given, parts.order, stem, len(example))
-        grid = Layout(parts.order).grid(call.given) or _grid(call, extra, stem, example.shape)
-        in_map = call.given[1] - extra if grid is None else grid[0] * grid[1]
-        prefix = call.given[1] - in_map if parts.order == "tokens" else 0
+        grid, prefix = Layout(parts.order).grid(call.given), 0
+        if parts.order == "tokens":
+            tokens = call.given[1]
+            if tokens not in seen:
+                seen[tokens] = _map(call, [beside for _, beside in seen.values()], told, example)
+            grid, prefix = seen[tokens]
         size = (parts.dim, call.given[1:].numel())
         stage = plans[-1].stage + (size != last) if plans else 0
         last = size
         plans.append(BlockPlan(call.name, parts, stage, prefix, suffix, grid))
+    if plans and not _is_raster(plans[0], calls[0], example):
+        plans = [replace(plan, grid=None) for plan in plans]
     return plans, skipped
 
 
@@ -314,18 +346,20 @@ def _parts(block: nn.Module, call: _Call, batch: int) -> Parts | str:
     if any(name in _child(block, MLP) for name in names[:at]):
         return "has its MLP before its attention"
     dim = _width(block, call.given)
-    order = cast("Order", _order(call.given, dim))
+    order = _order_of(call, dim)
+    known = {call.given: order}
     attention = call.children[at]
     drop = next((child for child in call.children[at:] if DROP_PATH.search(child.name)), None)
     branch = attention.gave if drop is None else drop.given
-    branch_order = None if branch is None else _order(branch, dim)
+    branch_order = None if branch is None else known.get(branch, _order(branch, dim))
     if branch is None or branch_order is None or branch.numel() != call.given.numel():
         return f"has an attention branch of another shape ({None if branch is None else list(branch)}) than its tokens"
     norm, norm_order = None, None
     for child in call.children[:at]:
         whole = child.gave is not None and child.gave.numel() == call.given.numel()
         if whole and is_norm(block.get_submodule(child.name)):
-            norm, norm_order = child.name, _order(cast("torch.Size", child.gave), dim)
+            gave = cast("torch.Size", child.gave)
+            norm, norm_order = child.name, known.get(gave, _order(gave, dim))
     is_global = attention.given == call.given and len(call.given) == 3 and attention.is_alone
     return Parts(
         *(dim, order, branch_order, norm_order),
@@ -344,34 +378,75 @@ def _width(block: nn.Module, given: torch.Size) -> int:
     return given[1] if sizes.count(given[1]) > sizes.count(given[-1]) else given[-1]
 
 
+def _order_of(call: _Call, dim: int) -> Order:
+    """Order of a block's input; where a map is as wide as its channels are many, the noise in halves of the image tells."""
+    given = cast("torch.Size", call.given)
+    is_either = len(given) == 4 and given[1] == given[3] == dim
+    if not is_either or call.tokens is None or given[0] != 3:
+        return cast("Order", _order(given, dim))
+    moved = _moved(call.tokens)
+    return "first" if _by_row(moved.sum(1)) > _by_row(moved.sum(3)) else "last"
+
+
 def _order(shape: torch.Size, dim: int) -> Order | None:
     if shape[-1] == dim:
         return "tokens" if len(shape) == 3 else "last"
     return "first" if len(shape) == 4 and shape[1] == dim else None
 
 
-def _extra(given: torch.Size, order: Order, stem: _Call | None, batch: int) -> int:
-    """Tokens that are no part of the map: what the first block has more than the last convolution before it gave."""
-    if order != "tokens" or stem is None or stem.gave is None or stem.gave[0] != batch:
-        return 0
-    return max(given[1] - _area(stem.gave), 0)
+def _map(call: _Call, prefixes: list[int], told: int, example: torch.Size) -> tuple[Grid | None, int]:
+    """Rows and columns of the map among the tokens, and the number of tokens beside it.
 
-
-def _area(shape: torch.Size) -> int:
-    return math.prod(shape[2:])
-
-
-def _grid(call: _Call, extra: int, stem: _Call | None, example: torch.Size) -> Grid | None:
-    """Rows and columns of the map: told by the call, by the last convolution, or by the input's proportions."""
+    Told by the block's arguments, else by the convolutions before it, else by the input's proportions.
+    """
     assert call.given is not None
-    gave = None if stem is None else stem.gave
-    for tokens in (call.given[1] - extra, call.given[1]):
-        if call.pair is not None and call.pair[0] * call.pair[1] == tokens:
-            return call.pair
-        if gave is not None and len(gave) == 4 and _area(gave) == tokens:
-            return gave[2], gave[3]
-        if len(example) == 4 and tokens > 0:
-            rows = round((tokens * example[2] / example[3]) ** 0.5)
-            if rows and tokens % rows == 0 and rows * example[3] == tokens // rows * example[2]:
-                return rows, tokens // rows
+    tokens = call.given[1]
+    usual = [*reversed(prefixes), told, 0]  # tokens beside the map: as in earlier blocks, as the network says
+    maps = [call.pair] if call.pair is not None else []
+    maps += sorted(set(call.maps), key=math.prod, reverse=True)
+    for grid in maps:
+        if tokens - math.prod(grid) in usual:
+            return grid, tokens - math.prod(grid)
+    if (prefixes or told) and (found := _in_proportion(tokens, usual, example)):
+        return found
+    for grid in maps:
+        if 1 < math.prod(grid) <= tokens:
+            return grid, tokens - math.prod(grid)
+    return _in_proportion(tokens, usual, example) or (None, usual[0])
+
+
+def _in_proportion(tokens: int, prefixes: list[int], example: torch.Size) -> tuple[Grid, int] | None:
+    """A map with the proportions of the input image."""
+    for prefix in prefixes if len(example) == 4 else []:
+        rows = round((max(tokens - prefix, 0) * example[2] / example[3]) ** 0.5)
+        columns = rows * example[3] // example[2]
+        if rows and rows * columns == tokens - prefix and rows * example[3] == columns * example[2]:
+            return (rows, columns), prefix
     return None
+
+
+def _is_raster(plan: BlockPlan, call: _Call, example: torch.Size) -> bool:
+    """The first block's tokens stand row by row: noise in an image's left half is left, in its upper half above.
+
+    Tokens that stand otherwise (by window, by mask unit) have one half of the change in either half. In a map of less than
+    seven rows or columns this tells nothing, for convolutions have looked at the whole image then: its proportions must do.
+    """
+    if plan.grid is None or call.name != plan.name or call.tokens is None or len(example) != 4:
+        return True
+    if not 0.5 <= plan.grid[0] * example[3] / (plan.grid[1] * example[2]) <= 2:
+        return False
+    if min(plan.grid) < 7:
+        return True
+    moved = _moved(plan.layout.tokens(call.tokens))[:, plan.prefix :].sum(-1)
+    return _by_row(moved.unflatten(1, plan.grid)) > 0.6
+
+
+def _moved(tokens: Tensor) -> Tensor:
+    """By how much noise in the left half of an image, and in its upper half, changed the tokens, squared."""
+    return (tokens[1:] - tokens[:1]).float().square()
+
+
+def _by_row(moved: Tensor) -> float:
+    """Share of the change ``[2, rows, columns]`` that is left for noise in the left half, above for noise in the upper half."""
+    left, upper = moved[0].sum(0), moved[1].sum(1)  # of every column; of every row
+    return min(float(half[: (len(half) + 1) // 2].sum() / half.sum()) for half in (left, upper))

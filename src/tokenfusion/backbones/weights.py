@@ -6,7 +6,9 @@ import argparse
 import pickle
 import re
 import struct
-from collections.abc import Mapping
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,10 @@ UNREADABLE = (
     EOFError,
     LookupError,
     ValueError,
+    TypeError,
+    AttributeError,
+    zipfile.BadZipFile,
+    zlib.error,
 )
 # What some files hold beside their weights: options, and metrics that numpy computed. Plain values, nothing that runs.
 PLAIN: list[Any] = [
@@ -66,8 +72,20 @@ def _modules(names: list[str], most: int = 8) -> list[str]:
     return heads[:most] + ([f"and {len(heads) - most} more"] if len(heads) > most else [])
 
 
+def _read_torch(path: Path) -> Any:
+    return torch.load(path, "cpu", weights_only=True)
+
+
+def _read_npz(path: Path) -> StateDict:
+    with np.load(path, allow_pickle=False) as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+READERS: dict[str, Callable[[Path], Any]] = {".safetensors": load_file, ".npz": _read_npz}
+
+
 def read_checkpoint(path: str | Path) -> StateDict:
-    """Tensors of a ``.safetensors``, ``.pth``, ``.pth.tar``, ``.pt`` or ``.bin`` file, without running anything in it.
+    """Tensors of a ``.safetensors``, ``.pth``, ``.pth.tar``, ``.pt``, ``.bin`` or ``.npz`` file; nothing in it is run.
 
     Wrappers (``segmenter``, ``state_dict``, ``model``) and the prefix ``module.`` are taken off.
 
@@ -84,7 +102,7 @@ def read_checkpoint(path: str | Path) -> StateDict:
         raise UserError(f"{path}: no such checkpoint file")
     try:
         with torch.serialization.safe_globals(PLAIN):
-            content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+            content = READERS.get(path.suffix, _read_torch)(path)
     except UNREADABLE:
         raise UserError(f"{path}: damaged, or no checkpoint, or one that holds more than tensors and numbers") from None
     for key in ("segmenter", "state_dict", "model"):
@@ -100,7 +118,9 @@ def fetch(name: str) -> StateDict:
     """A checkpoint by local path (file or folder) or by hub id, e.g. ``nvidia/mit-b2``."""
     if Path(name).exists():
         return read_checkpoint(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.endswith((".safetensors", ".pth", ".pt", ".tar", ".bin")):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.endswith(
+        (".safetensors", ".pth", ".pt", ".tar", ".bin", ".npz")
+    ):
         raise UserError(f"{name}: neither a file or folder here nor a hub id such as nvidia/mit-b2")
     from huggingface_hub import hf_hub_download  # heavy import, and only needed here
 
@@ -113,6 +133,23 @@ def fetch(name: str) -> StateDict:
         except Exception as error:  # the hub's client raises many kinds; each means "not from there"
             problems.append(f"{file}: {str(error).splitlines()[0][:120]}")
     raise UserError(f"{name}: could not be fetched from the hub ({problems[0]}); download it and give the local path")
+
+
+def local_folder(name: str) -> Path:
+    """A folder here, or what the hub holds under this id.
+
+    Raises:
+        UserError: where the hub does not give it.
+    """
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return Path(name)
+    from huggingface_hub import snapshot_download  # heavy import, and only needed here
+
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:  # the hub's client raises many kinds; each means "not from there"
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(f"{name}: no such folder, and not to be had from the hub ({reason})") from None
 
 
 def load_into(network: nn.Module, source: StateDict) -> LoadReport:

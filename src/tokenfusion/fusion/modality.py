@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,16 @@ class PerModality(nn.ModuleList):
         return torch.cat([own(stream, *args) for own, stream in zip(self, split(x, len(self)), strict=True)])
 
 
-def make_private(network: nn.Module, modalities: int, kinds: tuple[type[nn.Module], ...]) -> nn.Module:
+Kinds = tuple[type[nn.Module], ...] | Callable[[nn.Module], bool]
+
+
+def make_private(network: nn.Module, modalities: int, kinds: Kinds) -> nn.Module:
     """Replace, in place, every layer of the given kinds by :class:`PerModality` copies of it; returns the network.
+
+    Args:
+        network: any module.
+        modalities: number of streams M.
+        kinds: classes, or a function that says of a layer whether it is to be private.
 
     Raises:
         ValueError: where the network has private layers already; give a fresh one or a deep copy.
@@ -49,9 +58,9 @@ def make_private(network: nn.Module, modalities: int, kinds: tuple[type[nn.Modul
     return _replace(network, modalities, kinds)
 
 
-def _replace(network: nn.Module, modalities: int, kinds: tuple[type[nn.Module], ...]) -> nn.Module:
+def _replace(network: nn.Module, modalities: int, kinds: Kinds) -> nn.Module:
     for name, child in network.named_children():
-        if isinstance(child, kinds):
+        if isinstance(child, kinds) if isinstance(kinds, tuple) else kinds(child):
             setattr(network, name, PerModality(child, modalities))
         else:
             _replace(child, modalities, kinds)

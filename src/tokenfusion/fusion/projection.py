@@ -7,6 +7,7 @@ scene; a view that is missing has a projection of zeros and sees nothing.
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,62 @@ def patch_index(pixels: Tensor, depth: Tensor, size: tuple[int, int], patch: int
     visible = inside & (depth > 0)
     index = (v / patch).floor() * columns + (u / patch).floor()  # Eq. 9
     return torch.where(visible, index, 0).long(), visible
+
+
+def camera_index(points: Tensor, projection: Tensor, size: tuple[int, int], patch: int) -> Tensor:
+    """The patch of an image that shows each point (Eq. 8 and 9): int64 ``[B, N]``, -1 where it shows none.
+
+    Args:
+        points: ``[B, N, 3]``, where the receiving tokens lie in space.
+        projection: ``[B, 3, 4]`` of the giver's camera, see :func:`project`.
+        size, patch: of the giver's images, see :func:`patch_index`.
+    """
+    index, visible = patch_index(*project(points, projection), size, patch)
+    return torch.where(visible, index, -1)
+
+
+def same_share(receivers: int, givers: int, device: torch.device | None = None) -> Tensor:
+    """For each of some equal parts of a stretch, the part of another division that holds its middle: int64 ``[receivers]``."""
+    return (2 * torch.arange(receivers, device=device) + 1) * givers // (2 * receivers)
+
+
+def grid_index(receiver: tuple[int, int], giver: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """Two patch grids over one image: the giver's patch that holds the middle of each of the receiver's, int64 ``[N]``.
+
+    Args:
+        receiver, giver: rows and columns of patches, which cover the same area.
+        device: where the index is wanted.
+    """
+    rows, columns = (same_share(r, g, device) for r, g in zip(receiver, giver, strict=True))
+    return (rows.unsqueeze(1) * giver[1] + columns).flatten()
+
+
+def time_index(
+    receiver: tuple[int, ...], giver: tuple[int, ...], receiver_time: int = -1, giver_time: int = -1
+) -> Tensor:
+    """Two token grids over one span of time: a giver's token of the same moment for each of the receiver's, int64 ``[N]``.
+
+    Of the tokens of that moment it is the one at the same share: the same frequency band where both are spectrograms.
+
+    Args:
+        receiver, giver: numbers of tokens along each axis, in the order in which the network lays them out, the last one
+            fastest: (frequencies, times) for an audio spectrogram transformer, (times, rows, columns) for a video,
+            (1, rows, columns) for a picture, which lies in the middle of the span.
+        receiver_time, giver_time: which axis is time.
+
+    Raises:
+        ValueError: where there is no such axis.
+    """
+    shapes, axes = (receiver, giver), (receiver_time, giver_time)
+    for shape, axis in zip(shapes, axes, strict=True):
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(f"time axis {axis} of a token grid {shape}: there is none; it has {len(shape)} axes")
+    times = [shape[axis] for shape, axis in zip(shapes, axes, strict=True)]
+    at_once = [math.prod(shape) // time for shape, time in zip(shapes, times, strict=True)]
+    place = torch.arange(math.prod(giver)).view(giver).movedim(giver_time, 0).flatten(1)  # [times, tokens at once]
+    picked = place[same_share(times[0], times[1])][:, same_share(at_once[0], at_once[1])]
+    others = [n for axis, n in enumerate(receiver) if axis != receiver_time % len(receiver)]
+    return picked.view(times[0], *others).movedim(0, receiver_time).flatten()
 
 
 def gather_views(tokens: Tensor, index: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:

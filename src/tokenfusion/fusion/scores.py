@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -53,8 +54,21 @@ class ScorePredictor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pairs = zip(self.nets, x.unbind(0), strict=True)
-        logits = torch.cat([recomputed(net, stream, self.training) for net, stream in pairs])
+        logits = torch.cat([_logits(cast("nn.Sequential", net), stream, self.training) for net, stream in pairs])
         return split(torch.sigmoid(logits[..., 0] - logits[..., 1]), x.shape[0])
+
+
+def _logits(net: nn.Sequential, x: Tensor, training: bool) -> Tensor:
+    """What a score network says; products are kept for the backward pass, norms and GELUs computed again."""
+    layers = list(net)
+    for change, product in zip(layers[::2], layers[1::2], strict=True):
+        x = recomputed(partial(_behind, product, change), x, training)
+    return x
+
+
+def _behind(product: nn.Module, change: nn.Module, x: Tensor) -> Tensor:
+    changed: Tensor = product(change(x))
+    return changed
 
 
 def sparsity_loss(scores: Sequence[Tensor], reduction: Reduction) -> Tensor:

@@ -1,0 +1,106 @@
+"""What fusing costs: two streams of one network fused by TokenFusion, against the same streams unfused.
+
+    python benchmarks/fuse.py
+    python benchmarks/fuse.py --networks vit_small_patch16_224 --rounds 9 --batch 2
+
+Every round runs each contestant once, so that a noisy machine disturbs all alike. Time is the process's CPU time, on one
+thread, since other programs may share the machine; a figure is the median over the rounds of the ratio within a round.
+Memory of training is what a step holds at most: parameters, their gradients, and what the forward pass keeps for the backward
+pass, every storage counted once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+
+import timm
+import torch
+from torch import Tensor
+
+import tokenfusion
+
+NETWORKS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224")
+CONTESTANTS = {"unfused": "none", "fused": "tokenfusion", "fused, paper": "tokenfusion-paper"}
+MODALITIES = ("rgb", "depth")
+GOAL = 1.25
+
+
+def build(network: str, fuser: str) -> tokenfusion.FusedNetwork:
+    torch.manual_seed(0)
+    return tokenfusion.fuse(timm.create_model(network), MODALITIES, fuser)
+
+
+def loss(model: tokenfusion.FusedNetwork, images: dict[str, Tensor]) -> Tensor:
+    out = model(images)
+    return sum((y.square().mean() for y in (*out.outputs.values(), out.ensemble)), 1e-3 * model.sparsity())
+
+
+def forward(model: tokenfusion.FusedNetwork, images: dict[str, Tensor]) -> None:
+    with torch.inference_mode():
+        model.eval()(images)
+
+
+def step(model: tokenfusion.FusedNetwork, images: dict[str, Tensor]) -> None:
+    model.train().zero_grad()
+    loss(model, images).backward()
+
+
+def training_bytes(model: tokenfusion.FusedNetwork, images: dict[str, Tensor]) -> int:
+    model.train().zero_grad()
+    parameters = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss(model, images)
+    activations = sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in parameters)
+    return 2 * sum(parameters.values()) + activations
+
+
+def race(run: Callable[..., None], models: dict[str, tokenfusion.FusedNetwork], images, rounds: int) -> dict[str, list]:
+    """CPU seconds of every round, after one that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for index in range(rounds + 1):
+        for name, model in models.items():
+            gc.collect()
+            start = time.process_time()
+            run(model, images)
+            if index:
+                seconds[name].append(time.process_time() - start)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], name: str) -> float:
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds["unfused"], strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", default=NETWORKS)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, timm {timm.__version__}, batch {arguments.batch}, goal {GOAL}")
+    print(f"{'network':32} {'':14} {'forward':>16} {'training step':>16} {'training memory':>20}")
+    for network in arguments.networks:
+        models = {name: build(network, fuser) for name, fuser in CONTESTANTS.items()}
+        images = {name: torch.randn(arguments.batch, 3, 224, 224) for name in MODALITIES}
+        ahead = race(forward, models, images, arguments.rounds)
+        steps = race(step, models, images, arguments.rounds)
+        memory = {name: training_bytes(model, images) for name, model in models.items()}
+        for name in models:
+            figures = [f"{statistics.median(s[name]):7.2f} s {ratio(s, name):6.3f}" for s in (ahead, steps)]
+            held = f"{memory[name] / 2**20:9.0f} MB {memory[name] / memory['unfused']:6.3f}"
+            print(f"{network:32} {name:14} {figures[0]:>16} {figures[1]:>16} {held:>20}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

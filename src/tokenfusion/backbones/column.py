@@ -1,0 +1,217 @@
+"""One network as a column of blocks that run one by one, between its own stem and its own tail.
+
+The network keeps its own forward pass. A rehearsal runs it up to its last block, which tells what the first block is given
+and with which arguments the others are called. Then the blocks run, one by one. A replay runs the forward pass again and
+hands out what the blocks gave, so that the network's own tail answers. The cost is one more stem.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import checkpoint
+
+from tokenfusion.backbones.foreign import Position, answer_of, call, position_of
+from tokenfusion.backbones.hub import Door, FusedBlock, Step, grid_at, hold_blocks
+from tokenfusion.backbones.survey import first_tensor, survey
+from tokenfusion.errors import UserError
+from tokenfusion.fusion.fusers import Context, Entry, Grid, NoFusion
+
+
+class _Reached(Exception):
+    """A rehearsal has come to the last block."""
+
+
+class Cue(NamedTuple):
+    """With what a network calls one of its blocks, beside the tokens."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Rehearsal:
+    """Every block gives back its input; the last one ends the forward pass."""
+
+    def __init__(self, column: Column) -> None:
+        self.column = column
+        self.x: Tensor | None = None
+        self.cues: list[Cue] = []
+
+    def block(self, place: FusedBlock, x: Tensor, args: Any, kwargs: Any) -> Any:
+        if self.x is None:
+            self.x = x
+        self.cues.append(Cue(args, kwargs))
+        is_last = place.index == self.column.depth - 1
+        if is_last and not torch.compiler.is_exporting():  # torch.export wants every module that it entered to end
+            raise _Reached
+        more = self.column.more[place.index]
+        return x if more is None else (x, *[None] * more)
+
+
+class _Replay:
+    """Every block gives what it gave in lockstep."""
+
+    def __init__(self, outputs: Sequence[Any]) -> None:
+        self.outputs = outputs
+
+    def block(self, place: FusedBlock, x: Tensor, args: Any, kwargs: Any) -> Any:
+        return self.outputs[place.index]
+
+
+class _Trial:
+    """Every block runs; noted are what it gives, and whether the next one is given that very tensor, untouched."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Any] = []
+        self.is_plain = True
+        self.left: tuple[int, int] | None = None  # where the tokens lie, and how often they were written to
+
+    def block(self, place: FusedBlock, x: Tensor, args: Any, kwargs: Any) -> Any:
+        self.is_plain &= self.left in (None, (x.data_ptr(), x._version))
+        output = place.block(x, *args, **kwargs)
+        tokens = cast("Tensor", first_tensor(output))
+        self.left = tokens.data_ptr(), tokens._version
+        self.outputs.append(output)
+        return output
+
+
+class Column:
+    """One network as a column of blocks of one width and one number of tokens.
+
+    Args:
+        name: of its stream.
+        network: its blocks are held in place by :class:`~tokenfusion.backbones.hub.FusedBlock`.
+        example: an input ``[B, ...]``.
+        alignment: its own position embedding is re-added before every step but the first.
+
+    Raises:
+        UserError: where the network is a pyramid, or does more between its blocks than to call them.
+    """
+
+    def __init__(self, name: str, network: nn.Module, example: Tensor, alignment: bool) -> None:
+        self.name, self.example, self.kind = name, example[:1], type(network).__name__
+        plans = survey(network, example, lambda x: call(network, x)).blocks
+        for before, plan in itertools.pairwise(plans):
+            if plan.stage:
+                width = f"width {before.dim} -> {plan.dim}" if plan.dim != before.dim else "its number of tokens"
+                raise UserError(
+                    f"{name}: {self.kind} is a pyramid, at block {plan.name} it changes ({width}); wanted blocks of one "
+                    "width and one number of tokens; pyramids are fused as one shared network"
+                )
+        self.plan = plans[0]
+        self.depth, self.dim, self.prefix = len(plans), self.plan.dim, self.plan.prefix
+        self.door = Door()
+        self.places = hold_blocks(network, plans, 1, self.door)
+        self.position: Position | None = position_of(network, plans) if alignment else None
+        self.more: list[int | None] = []  # how many values each block gives beside its tokens; None: no tuple
+        with _evaluating(network):
+            self.answer = self._try_out(network, example)
+
+    def _try_out(self, network: nn.Module, example: Tensor) -> torch.Size:
+        """Compare the network in lockstep with itself; the shape of its answer."""
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn(example.shape, generator=generator) if example.is_floating_point() else example
+        x = drawn.to(example)
+        trial = _Trial()
+        expected = answer_of(self._run(network, x, trial)[1])
+        self.more = [len(o) - 1 if isinstance(o, tuple | list) else None for o in trial.outputs]
+        stream = Stream(self, network, x, None)
+        self.tokens = stream.size[1]
+        self.grid: Grid | None = self.plan.layout.grid(stream.x.shape) or self.plan.grid
+        stream.advance(range(self.depth), None)
+        got = answer_of(stream.replay()[1])
+        same = got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-3, atol=1e-4, equal_nan=True)
+        if not (same and trial.is_plain):
+            raise UserError(
+                f"{self.name}: {self.kind} does more between its blocks than to hand on their tokens; it cannot run in lockstep"
+            )
+        return expected.shape[1:]
+
+    def _run(self, network: nn.Module, x: Tensor, runner: Any) -> tuple[Any, Any]:
+        self.door.run = runner
+        try:
+            return call(network, x)
+        finally:
+            self.door.run = None
+
+    def rehearse(self, network: nn.Module, x: Tensor) -> tuple[Tensor, list[Cue]]:
+        """The first block's input, and every block's further arguments."""
+        rehearsal = _Rehearsal(self)
+        with suppress(_Reached):
+            self._run(network, x, rehearsal)
+        assert rehearsal.x is not None
+        return rehearsal.x, rehearsal.cues
+
+    def replay(self, network: nn.Module, x: Tensor, outputs: Sequence[Any]) -> tuple[Any, Any]:
+        """Features and answer of the network whose blocks gave ``outputs``."""
+        return self._run(network, x, _Replay(outputs))
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """In eval mode, without gradients; every module's own mode comes back."""
+    was_training = {module: module.training for module in network.modules()}
+    try:
+        network.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in was_training.items():
+            module.training = mode
+
+
+class Stream:
+    """One network in the middle of a forward pass.
+
+    Args:
+        column, network: which one.
+        inputs: ``[B, ...]``.
+        present: bool ``[B]``, or None where all samples have it; the others start as zeros after the stem.
+    """
+
+    plain = NoFusion(0, 1)
+
+    def __init__(self, column: Column, network: nn.Module, inputs: Tensor, present: Tensor | None) -> None:
+        self.column, self.network, self.inputs, self.present = column, network, inputs, present
+        x, self.cues = column.rehearse(network, inputs)
+        self.x = x if present is None else torch.where(present.view(-1, *[1] * (x.dim() - 1)), x, 0)
+        self.outputs: list[Any] = []
+
+    @property
+    def grid(self) -> Grid:
+        return grid_at(self.column.plan, self.x, self.inputs.shape, self.column.example.shape)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Samples and tokens of the map: ``B, N``."""
+        x = self.tokens()
+        return x.shape[0], x.shape[1] - self.column.prefix
+
+    def tokens(self) -> Tensor:
+        """``[B, prefix + N, C]``."""
+        return self.column.plan.layout.tokens(self.x)
+
+    def position(self) -> Tensor | None:
+        """What alignment re-adds, ``[prefix + N, C]``."""
+        at = self.column.position
+        return None if at is None else at.on(self.network, self.grid, self.column.prefix)
+
+    def advance(self, blocks: range, entry: Entry | None, recomputes: bool = False) -> None:
+        """Run the next blocks, the first of them on what the exchange decided."""
+        for index in blocks:
+            place, cue = self.column.places[index], self.cues[index]
+            step = Step(self.plain, entry or Entry(self.tokens()[None]), Context(self.grid, self.column.prefix))
+            if recomputes and torch.is_grad_enabled():
+                output = checkpoint.checkpoint(place.under, step, self.x, *cue, use_reentrant=False)
+            else:
+                output = place.under(step, self.x, *cue)
+            self.outputs.append(output)
+            self.x, entry = cast("Tensor", first_tensor(output)), None
+
+    def replay(self) -> tuple[Any, Any]:
+        return self.column.replay(self.network, self.inputs, self.outputs)
