@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tasks.walk import command, plain_image
 
 import tokenfusion
@@ -134,7 +135,6 @@ def test_released_translation_on_the_command_line(
 
 
 def test_single_modal_weights_start_a_fused_model(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     config = transformers.SegformerConfig(hidden_sizes=[32, 64, 160, 256], depths=[2, 2, 2, 2])
     theirs = transformers.SegformerModel(config)
     theirs.save_pretrained(tmp_path / "hf")
@@ -151,9 +151,27 @@ def test_single_modal_weights_start_a_fused_model(tmp_path: Path) -> None:
     assert torch.equal(first["backbone.stages.0.norm.0.weight"], first["backbone.stages.0.norm.1.weight"])
 
 
+def test_a_dinov2_of_hugging_face_starts_a_network_of_timm(tmp_path: Path) -> None:
+    config = transformers.Dinov2Config(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28)
+    transformers.Dinov2Model(config).save_pretrained(tmp_path / "hf")
+    assert "width 48, 2 blocks, patches of 14 pixels" in convert(tmp_path / "hf", "hf-dinov2", tmp_path / "ours")
+    arguments = "img_size: 28, embed_dim: 48, depth: 2, num_heads: 4"
+    named = f"_target_: tokenfusion.backbones.foreign.timm_network, name: vit_small_patch14_dinov2, {arguments}"
+    model = build_model(read_recipe("toy-segmentation", [f"model.backbone={{{named}}}"]), 5)
+    assert " 0 left random, 0 unused" in load_pretrained(model, str(tmp_path / "ours"))
+
+
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(3)}, tmp_path / "a.pth")
-    for kind in ("released-segmentation", "released-translation", "groupfree", "segformer", "hf-segformer", "yolos"):
+    for kind in (
+        "released-segmentation",
+        "released-translation",
+        "groupfree",
+        "segformer",
+        "hf-segformer",
+        "hf-dinov2",
+        "yolos",
+    ):
         with pytest.raises(UserError, match="weight"):
             convert(tmp_path / "a.pth", kind, tmp_path / "out")
     torch.save(mit("b0").state_dict() | {"stages.0.blocks.7.norm1.weight": torch.zeros(32)}, tmp_path / "b.pth")

@@ -34,7 +34,7 @@ def test_commands_and_python_run_as_printed(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "stage1.0 {'rgb': " in done.stdout
+    assert "blocks.0 {'rgb': " in done.stdout
     assert "torch.Size([1, 13, 24, 32])" in done.stdout
 
 

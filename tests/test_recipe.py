@@ -22,7 +22,7 @@ from tokenfusion.tasks.translation import build_model as build_translator
 from tokenfusion.train import Engine, Optimizers, Task, train_step
 
 SMALLEST = {  # their own depth would take a minute
-    "segmentation": ["model.backbone.variant=b0"],
+    "segmentation": [],
     "translation": ["model.generator.variant=xs", "model.discriminator.variant=xs"],
     "detection3d": [
         "model.points.layers=2",
@@ -35,6 +35,8 @@ CLASSES = {"sunrgbd": 10, "scannet": 18, "toy": 9}  # of boxes
 
 def smallest(recipe: Any) -> list[str]:
     """Overrides that leave a recipe's kinds of parts as they are."""
+    if recipe.task == "segmentation" and "variant" in recipe.model.backbone:
+        return ["model.backbone.variant=b0"]
     has_image = recipe.task == "detection3d" and recipe.model.image is not None
     image = ["model.image.variant=xs", "model.image.init_size=[32, 48]", "model.image.detections=8"]
     return SMALLEST[recipe.task] + (image if has_image else [])

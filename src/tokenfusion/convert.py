@@ -13,6 +13,7 @@ from tokenfusion.api import save
 from tokenfusion.backbones import mirror
 from tokenfusion.backbones.detection_keys import from_groupfree
 from tokenfusion.backbones.keys import (
+    from_hf_dinov2,
     from_hf_segformer,
     from_released_segmentation,
     from_released_translation,
@@ -26,10 +27,10 @@ from tokenfusion.data.folder import Folder
 from tokenfusion.errors import UserError, nearest
 from tokenfusion.recipe import read_recipe, validate
 
-SINGLE_MODAL = {"segformer": from_segformer, "hf-segformer": from_hf_segformer}
+SINGLE_MODAL = {"segformer": from_segformer, "hf-segformer": from_hf_segformer}  # MiT
 FUSED = ("released-segmentation", "released-translation")
 IMAGE = {"yolos": from_yolos, "hf-yolos": from_hf_yolos, "deit": None}  # detectors of images; DeiT starts one
-KINDS = (*FUSED, "groupfree", *SINGLE_MODAL, *IMAGE)
+KINDS = (*FUSED, "groupfree", *SINGLE_MODAL, *IMAGE, "hf-dinov2")
 
 
 def convert(
@@ -43,9 +44,10 @@ def convert(
     """Write a foreign checkpoint as a run folder (a whole model) or as ``model.safetensors`` (a network to start from).
 
     Args:
-        file: ``.pth``, ``.pth.tar``, ``.bin``, ``.safetensors`` or a folder that holds one.
+        file: ``.pth``, ``.pth.tar``, ``.bin``, ``.safetensors``, ``.npz`` or a folder that holds one.
         kind: ``released-segmentation``, ``released-translation`` (the generator's file), ``groupfree`` (a detector of
-            points), ``segformer`` (original mit_b*.pth), ``hf-segformer``, ``yolos``, ``hf-yolos`` or ``deit``.
+            points), ``segformer`` (original mit_b*.pth), ``hf-segformer``, ``hf-dinov2``, ``yolos``,
+            ``hf-yolos`` or ``deit``.
         out: new folder. A run folder goes to ``eval``, ``predict`` and :func:`tokenfusion.load`; single-modal weights are
             what a recipe's ``model.weights`` (``model.image_weights``) names.
         dataset: for whole models: a data set folder or dataset.yaml that says how files are read and names the classes.
@@ -63,6 +65,8 @@ def convert(
     source, names = read_checkpoint(file), tuple(name.strip() for name in modalities)
     if kind in SINGLE_MODAL:
         return _single(SINGLE_MODAL[kind](source), str(file), out)
+    if kind == "hf-dinov2":
+        return _dinov2(from_hf_dinov2(source), str(file), out)
     whole = {"released-segmentation": from_released_segmentation, "released-translation": from_released_translation}
     try:
         if kind in IMAGE:
@@ -99,6 +103,14 @@ def _single(tensors: StateDict, file: str, out: Path) -> str:
     account = load_into(network, tensors)
     _write_weights(network.state_dict(), out)
     return f"MiT-{variant.upper()}; {account.summary(file)}\nwritten: {out} (use it as model.weights={out})"
+
+
+def _dinov2(tensors: StateDict, file: str, out: Path) -> str:
+    dim, _, patch, _ = _size(tensors, "patch_embed.proj.weight", file)
+    depth = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
+    _write_weights(tensors, out)
+    found = f"DINOv2 in timm's names: width {dim}, {depth} blocks, patches of {patch} pixels"
+    return f"{found}\nwritten: {out} (use it as model.weights={out})"
 
 
 def _write_weights(tensors: StateDict, out: Path) -> None:

@@ -30,7 +30,7 @@ def fake_detection(
     modalities = ["points", "rgb"] if images else ["points"]
     scored = modalities[: 2 if both else 1] if images and fuser == "token" else []
     target = "TokenExchange" if fuser == "token" else "ConcatExchange" if fuser == "concat" else "NoExchange"
-    chosen: dict[str, Any] = {"_target_": f"tokenfusion.tasks.detection3d.exchange.{target}"}
+    chosen: dict[str, Any] = {"_target_": f"tokenfusion.fusion.crossing.{target}"}
     recipe = {
         "seed": 0, "task": "detection3d", "data": {"root": "data/rooms", "modalities": modalities},
         "fuser": chosen | ({"threshold": 0.5} if fuser == "token" else {}), "train": {"steps": 400},

@@ -8,14 +8,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from tokenfusion.backbones.dense import FusedPyramid
 from tokenfusion.backbones.fused import FusedBackbone
 from tokenfusion.backbones.mit import Pyramid
-from tokenfusion.components import maker
+from tokenfusion.components import FUSER_GIVEN, maker
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.exchange import ExchangeRates
 from tokenfusion.fusion.fusers import Fuser
 
-FUSER_GIVEN = ("dim", "modalities", "stage", "seed")  # arguments that the program supplies, not the recipe
 Rates = dict[str, ExchangeRates]  # block -> per modality [M]
 
 
@@ -61,7 +61,7 @@ def drawn_presence(rate: float, inputs: Mapping[str, Tensor]) -> Tensor | None:
     return (draw >= rate) | (draw == draw.max(0, keepdim=True).values)
 
 
-def watched_rates(backbone: FusedBackbone, scores: Sequence[Tensor], present: Tensor | None) -> dict[str, Tensor]:
+def watched_rates(backbone: FusedPyramid, scores: Sequence[Tensor], present: Tensor | None) -> dict[str, Tensor]:
     """Exchange rates of a training step, as the log names them."""
     watched = {}
     for block, rate in backbone.rates([s.detach() for s in scores], present).items():

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from tokenfusion.backbones.fused import FusedBackbone
+from tokenfusion.backbones.dense import FusedPyramid
 from tokenfusion.data.folder import Folder
 from tokenfusion.data.image import read_inputs
 from tokenfusion.data.modality import ModalitySpec
@@ -114,7 +114,7 @@ def new_files(out: Path, name: str, *ends: str) -> list[Path]:
     return paths
 
 
-def save_scores(path: Path, backbone: FusedBackbone, scores: Sequence[Tensor], size: Sequence[int]) -> None:
+def save_scores(path: Path, backbone: FusedPyramid, scores: Sequence[Tensor], size: Sequence[int]) -> None:
     """Every token's score on one image, with the names of the streams and the threshold; nothing where none was scored."""
     maps = score_arrays(backbone, scores, size)
     if maps:
@@ -122,7 +122,7 @@ def save_scores(path: Path, backbone: FusedBackbone, scores: Sequence[Tensor], s
         save_npz(path, {"modalities": np.array(backbone.modalities), "threshold": threshold, **maps})
 
 
-def score_arrays(backbone: FusedBackbone, scores: Sequence[Tensor], size: Sequence[int]) -> dict[str, np.ndarray]:
+def score_arrays(backbone: FusedPyramid, scores: Sequence[Tensor], size: Sequence[int]) -> dict[str, np.ndarray]:
     """Scores of one image as maps: ``{block name: float32 [M, h, w]}``; ``size`` is the network's input (rows, columns)."""
     return {name: x[:, 0].float().cpu().numpy() for name, x in backbone.score_maps(scores, size).items()}
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenfusion.backbones.fused import FusedBackbone
+from tokenfusion.backbones.dense import FusedPyramid
 from tokenfusion.components import write_text
 from tokenfusion.data.frames import Frame, Frames
 from tokenfusion.tasks.predictions import save_npz, score_arrays
@@ -23,7 +23,7 @@ Seen = tuple[dict[str, np.ndarray], list[Tensor]]  # "target" and "prediction/..
 
 def write_samples(
     model: nn.Module,
-    backbone: FusedBackbone,
+    backbone: FusedPyramid,
     frames: Frames,
     see: Callable[[Frame, dict[str, Tensor]], Seen],
     out: Path,

@@ -27,10 +27,12 @@ NORMS = (nn.LayerNorm, nn.BatchNorm2d)
 
 
 def by_decay(role: str, module: nn.Module, lr_scale: float = 1.0, decay_norms: bool = False) -> list[ParameterGroup]:
-    """The parameters of a part: those of norm layers do not decay unless asked for."""
-    norms = [p for m in module.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)]
+    """What of a part is trained: its norm layers do not decay unless asked for."""
+    norms = [
+        p for m in module.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False) if p.requires_grad
+    ]
     known = {id(p) for p in norms}
-    rest = [p for p in module.parameters() if id(p) not in known]
+    rest = [p for p in module.parameters() if p.requires_grad and id(p) not in known]
     groups = [ParameterGroup(role, rest, lr_scale, True), ParameterGroup(f"{role} norms", norms, lr_scale, decay_norms)]
     return [group for group in groups if group.params]
 

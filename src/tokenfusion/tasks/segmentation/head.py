@@ -1,4 +1,4 @@
-"""The all-MLP head of SegFormer, with its linear layers applied where the maps are small."""
+"""Heads: one linear layer, or the all-MLP head of SegFormer, its linear layers applied where the maps are small."""
 
 from __future__ import annotations
 
@@ -7,6 +7,27 @@ from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+class LinearHead(nn.Module):
+    """Batch norm and one linear layer on the last map: what a frozen or short training is judged with (DINOv2).
+
+    Args:
+        dims: channels of the stages.
+        classes: K.
+        dropout: Dropout2d before the classifier.
+
+    Shape: maps ``[B, C_s, H_s, W_s] -> [B, K, H_S, W_S]``.
+    """
+
+    def __init__(self, dims: Sequence[int], classes: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(dims[-1])
+        self.dropout = nn.Dropout2d(dropout)
+        self.classify = nn.Conv2d(dims[-1], classes, 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        return self.classify(self.dropout(self.norm(maps[-1])))
 
 
 class SegFormerHead(nn.Module):
@@ -22,7 +43,7 @@ class SegFormerHead(nn.Module):
         width: 256 as released (SegFormer's B2-B5 use 768).
         dropout: Dropout2d before the classifier.
 
-    Shape: maps ``[B, C_s, H_s, W_s] -> [B, K, H_1, W_1]``, 1/4 of the image.
+    Shape: maps ``[B, C_s, H_s, W_s] -> [B, K, H_1, W_1]``, with MiT 1/4 of the image.
     """
 
     def __init__(self, dims: Sequence[int], classes: int, width: int = 256, dropout: float = 0.1) -> None:

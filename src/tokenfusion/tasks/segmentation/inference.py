@@ -81,7 +81,7 @@ def _many_views(
     total: dict[str, Tensor] = {}
     for scale in protocol.scales:
         for mirrored in (False, True) if protocol.flip else (False,):
-            view = {name: _rescale(x, scale, model.backbone.backbone.smallest) for name, x in batch.items()}
+            view = {name: _rescale(x, scale, model.backbone.smallest) for name, x in batch.items()}
             if mirrored:
                 view = {name: x.flip(-1) for name, x in view.items()}
             output = model(view)

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from tokenfusion.backbones.fused import FusedBackbone
+from tokenfusion.backbones.dense import FusedPyramid
 from tokenfusion.fusion.ensemble import LearnedEnsemble
 from tokenfusion.fusion.modality import merge, split
 
 
 class SegmentationOutput(NamedTuple):
-    """Logits at 1/4 of the image, and the scores that decided what was exchanged."""
+    """Logits at the size of the finest map (1/4 of the image with MiT), and the scores that decided what was exchanged."""
 
     logits: dict[str, Tensor]  # of the modalities that are present: [B, K, h, w]
     ensemble: Tensor  # [B, K, h, w]
@@ -25,13 +25,13 @@ class FusedSegmenter(nn.Module):
     """Segments aligned images of several modalities.
 
     Args:
-        backbone: the fused pyramid.
+        backbone: the fused pyramid: MiT's, or that of a network of timm or Hugging Face.
         head: maps of one stream to logits; shared by the streams.
 
     Example: ``output = model({"rgb": rgb, "depth": depth}); output.ensemble.argmax(1)``
     """
 
-    def __init__(self, backbone: FusedBackbone, head: nn.Module) -> None:
+    def __init__(self, backbone: FusedPyramid, head: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head

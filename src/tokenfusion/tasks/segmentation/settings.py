@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from tokenfusion.components import Component, Section
+from tokenfusion.components import TARGET, Component, Section
 from tokenfusion.tasks.segmentation.inference import Evaluation
 from tokenfusion.train import TrainSettings
 
@@ -27,15 +27,24 @@ class DataSettings(Section):
     drop_modality: float = Field(0.0, ge=0, lt=1)  # rate at which training leaves a modality of a sample out
 
 
+def _named(value: Any) -> Any:
+    """``timm/vit_small_patch14_dinov2`` is short for the component that makes it."""
+    kind, _, name = value.partition("/") if isinstance(value, str) else ("", "", "")
+    made = {"timm": "timm_network", "hf": "hf_network"}
+    return {TARGET: f"tokenfusion.backbones.foreign.{made[kind]}", "name": name} if kind in made and name else value
+
+
 class ModelSettings(Section):
     """Backbone and head; the fuser has a key of its own."""
 
-    backbone: Component
+    backbone: Annotated[Component, BeforeValidator(_named)]  # or timm/NAME, hf/NAME
     head: Component
     weights: str | None = None  # single-modal weights to start from: file, folder or hub id
     score_nets: Literal["stage", "block"] = "stage"
     placement: Literal["every", "last"] = "every"
     alignment: bool = False  # residual positional alignment
+    blocks: tuple[int, ...] | None = None  # of a network of timm or Hugging Face: which blocks fuse; null = all
+    frozen: int = Field(0, ge=0)  # of such a network: its stem and so many first blocks keep their weights
     freeze_head_norm: bool = False  # batch norm of the head stays at its initial statistics, as released
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from tokenfusion.backbones.keys import from_mit
+from tokenfusion.backbones.dense import DenseBackbone, FusedPyramid
 from tokenfusion.backbones.mit import MiT
-from tokenfusion.backbones.weights import fetch, load_into
-from tokenfusion.components import build
+from tokenfusion.components import FUSER_GIVEN, build, maker
 from tokenfusion.data.augment import Augment
 from tokenfusion.data.folder import Folder
 from tokenfusion.data.frames import Batch, Frames
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.scores import sparsity_loss
-from tokenfusion.tasks.fusing import FUSER_GIVEN, drawn_presence, fused_backbone, watched_rates
+from tokenfusion.tasks.fusing import drawn_presence, fused_backbone, watched_rates
 from tokenfusion.tasks.segmentation.losses import upsampled_cross_entropy
 from tokenfusion.tasks.segmentation.metrics import IGNORE
 from tokenfusion.tasks.segmentation.model import FusedSegmenter, SegmentationOutput
@@ -37,16 +38,27 @@ def build_model(recipe: SegmentationRecipe, classes: int, trust: bool = False) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         network = build(recipe.model.backbone, "model.backbone", trust)
-        if not isinstance(network, MiT):
-            raise UserError(f"model.backbone: wanted a MiT, got {type(network).__name__}")
-        backbone = fused_backbone(network, recipe, recipe.model, trust)
+        backbone = _fused(network, recipe, trust)
         head = build(recipe.model.head, "model.head", trust, dims=backbone.dims, classes=classes)
     return FusedSegmenter(backbone, head)
 
 
+def _fused(network: nn.Module, recipe: SegmentationRecipe, trust: bool) -> FusedPyramid:
+    model = recipe.model
+    if isinstance(network, MiT):
+        if model.blocks is not None or model.frozen:
+            raise UserError("model.blocks and model.frozen are of networks of timm or Hugging Face; MiT has neither")
+        return fused_backbone(network, recipe, model, trust)
+    if model.placement != "every":
+        raise UserError("model.placement is MiT's; of a network of timm or Hugging Face model.blocks names blocks")
+    make = partial(maker(recipe.fuser, "fuser", FUSER_GIVEN, trust), seed=recipe.seed)
+    names = recipe.data.modalities
+    return DenseBackbone(network, names, make, model.score_nets, model.blocks, model.alignment, model.frozen)
+
+
 def load_pretrained(model: FusedSegmenter, source: str) -> str:
     """Fill the backbone from single-modal weights; returns the account of what was loaded, copied and left random."""
-    return load_into(model.backbone.backbone, from_mit(fetch(source))).summary(source)
+    return model.backbone.load(source)
 
 
 def frames(recipe: SegmentationRecipe, folder: Folder, split: str, training: bool = False) -> Frames:
@@ -99,10 +111,10 @@ class SegmentationTask(Task):
     def parameter_groups(self, phase: str) -> list[ParameterGroup]:
         settings, model = self.recipe.parameters, self.model
         return [
-            *by_decay("backbone", model.backbone.backbone, 1.0),
+            *by_decay("backbone", model.backbone.trunk, 1.0),
             *by_decay("fusion", model.backbone.fusers, settings.fusion_lr, decay_norms=settings.decay_score_norms),
             *by_decay("head", model.head, settings.head_lr),
-            *without_decay("position", model.backbone.position, settings.head_lr),
+            *without_decay("position", model.backbone.learned_position, settings.head_lr),
             *without_decay("ensemble", model.ensemble, settings.head_lr),
         ]
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-import zipfile
-import zlib
 from collections.abc import Iterator
 from types import ModuleType
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenfusion.backbones.weights import UNREADABLE, StateDict, fetch
+from tokenfusion.backbones.weights import StateDict, fetch
 from tokenfusion.errors import UserError, require
 
 SIZE = 224  # pixels of its input
@@ -53,7 +50,7 @@ def read_dinov2(weights: str) -> Dinov2:
     Raises:
         UserError: where the weights cannot be read, or are of another network.
     """
-    state = {key.removeprefix("dinov2."): value.float() for key, value in _read(weights).items()}
+    state = {key.removeprefix("dinov2."): value.float() for key, value in fetch(weights).items()}
     unused = ("classifier.", "embeddings.mask_token")
     state = {key: value for key, value in state.items() if not key.startswith(unused)}
     layers = {key.split(".")[2] for key in state if key.startswith("encoder.layer.")}
@@ -74,18 +71,6 @@ def read_dinov2(weights: str) -> Dinov2:
     )
     size = f"{LETTERS.get(width, f'{width}x{len(layers)}-')}{patch}"
     return Dinov2(_load(library, config, state, weights), f"dinov2-vit{size}")
-
-
-def _read(weights: str) -> StateDict:
-    if not weights.endswith(".npz"):
-        return fetch(weights)
-    try:
-        with np.load(weights, allow_pickle=False) as file:
-            return {key: torch.from_numpy(file[key]) for key in file.files}
-    except FileNotFoundError:
-        raise UserError(f"{weights}: no such file") from None
-    except (*UNREADABLE, TypeError, AttributeError, zipfile.BadZipFile, zlib.error):
-        raise UserError(f"{weights}: damaged, or not an .npz file of arrays") from None
 
 
 def _load(library: ModuleType, config: object, state: StateDict, weights: str) -> nn.Module:

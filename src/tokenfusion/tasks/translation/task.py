@@ -9,13 +9,13 @@ from tokenfusion.backbones.keys import from_released_translation
 from tokenfusion.backbones.mirror import MirroredMiT
 from tokenfusion.backbones.mit import MiT, Pyramid
 from tokenfusion.backbones.weights import fetch, load_into
-from tokenfusion.components import build
+from tokenfusion.components import FUSER_GIVEN, build
 from tokenfusion.data.augment import Augment
 from tokenfusion.data.folder import Folder
 from tokenfusion.data.frames import Batch, Frames
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.scores import sparsity_loss
-from tokenfusion.tasks.fusing import FUSER_GIVEN, drawn_presence, fused_backbone, watched_rates
+from tokenfusion.tasks.fusing import drawn_presence, fused_backbone, watched_rates
 from tokenfusion.tasks.translation.losses import masked_l1, patch_bce
 from tokenfusion.tasks.translation.model import Discriminator, FusedTranslator, TranslationOutput, discriminator
 from tokenfusion.tasks.translation.settings import TranslationRecipe
