@@ -207,12 +207,24 @@ def fuse(
     make = fuser
     if isinstance(fuser, Mapping):
         make = partial(maker(fuser, "fuser", FUSER_GIVEN, trust), seed=seed)
+    elif seed and _takes_seed(fuser):
+        make = partial(fuser, seed=seed)
     model = FusedNetwork(network, modalities, make, **options)
     for sentence in model.account:  # pretrained weights were adapted
         logging.getLogger("tokenfusion").warning(sentence)
     if isinstance(fuser, Mapping):
         model.recipe |= {"fuser": dict(fuser), "seed": seed}
     return model
+
+
+def _takes_seed(make: Any) -> bool:
+    """Whether what makes fusers can be given a seed, and has none yet."""
+    if isinstance(make, partial) and "seed" in make.keywords:
+        return False
+    try:
+        return "seed" in inspect.signature(make).parameters
+    except (TypeError, ValueError):
+        return False
 
 
 def _fuse_streams(

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tokenfusion.backbones.dense import DenseBackbone
@@ -78,6 +79,7 @@ def test_a_network_of_fixed_size_says_what_to_give() -> None:
 
 def test_what_the_maps_do_not_depend_on_does_not_learn() -> None:
     backbone = DenseBackbone(small_vit(), NAMES, Average)
+    backbone.rest()
     still = [name for name, p in backbone.network.named_parameters() if not p.requires_grad]
     assert still
     assert all(name.startswith("norm.") for name in still), "the final norm stands behind the last map"
@@ -88,12 +90,44 @@ def test_what_the_maps_do_not_depend_on_does_not_learn() -> None:
 
 def test_frozen_blocks_keep_their_weights_and_the_stem_with_them() -> None:
     backbone = DenseBackbone(small_vit(), NAMES, THETA, blocks=(3, 4), frozen=2)
+    backbone.rest()
     learning = {name for name, p in backbone.network.named_parameters() if p.requires_grad}
     assert learning
     assert all(name.startswith(("blocks.2.", "blocks.3.", "blocks.4.")) for name in learning)
     assert len(backbone(images(28, 42)).scores) == 2
     with pytest.raises(UserError, match="frozen=9"):
         DenseBackbone(small_vit(), NAMES, THETA, frozen=9)
+
+
+def test_batch_norms_keep_what_they_know(tmp_path: Path) -> None:
+    """Neither the look at the network before training nor loading loses the statistics of a pretrained one."""
+    torch.manual_seed(0)
+    source = timm.create_model(
+        "tiny_vit_5m_224", depths=(1, 1, 1, 1), embed_dims=(16, 32, 32, 32), num_heads=(1, 1, 1, 1)
+    )
+    for name, value in source.state_dict().items():
+        if "running" in name:
+            value += torch.rand_like(value)
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    fresh = timm.create_model(
+        "tiny_vit_5m_224", depths=(1, 1, 1, 1), embed_dims=(16, 32, 32, 32), num_heads=(1, 1, 1, 1), num_classes=0
+    )
+    backbone = DenseBackbone(fresh, NAMES, NoFusion)
+    assert " 0 left random" in backbone.load(str(tmp_path))
+    backbone.train()
+    backbone.check_size((3, 64, 64))
+    backbone.rest()
+    assert backbone.training
+    name = next(name for name in source.state_dict() if name.endswith("running_mean"))
+    means = [value for key, value in backbone.network.state_dict().items() if key.endswith("running_mean")]
+    first, second = means[:2]
+    torch.testing.assert_close(first, source.state_dict()[name])
+    torch.testing.assert_close(second, source.state_dict()[name])
+
+
+def test_a_network_of_one_channel_is_told() -> None:
+    with pytest.raises(UserError, match="takes 1 channels"):
+        DenseBackbone(small_vit(in_chans=1), NAMES, NoFusion)
 
 
 @pytest.fixture(scope="module")

@@ -466,6 +466,76 @@ def test_an_index_made_from_the_inputs_is_checked_when_it_comes() -> None:
         model(pictures())
 
 
+@pytest.mark.parametrize("value", [-2, 9])
+def test_an_index_made_from_the_inputs_is_in_range(value: int) -> None:
+    find = {("rgb", "depth"): lambda inputs: torch.full((9,), value)}
+    model = tokenfusion.fuse({"rgb": vit(), "depth": vit(48)}, projection=find)
+    with pytest.raises(tokenfusion.UserError, match=rf"an index lies in {value}..{value}; wanted 0..8, or -1 where"):
+        model(pictures())
+
+
+def hooks(networks: dict[str, nn.Module]) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for n in networks.values() for m in n.modules())
+
+
+def swin() -> nn.Module:
+    return timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1), embed_dim=24)
+
+
+@pytest.mark.parametrize(
+    ("others", "arguments"),
+    [
+        ({}, {"projection": {("rgb", "typo"): torch.arange(9)}}),
+        ({}, {"projection": {("rgb", "depth"): torch.arange(8)}}),
+        ({}, {"fuser": functools.partial(TokenFusion, threshold=0.5)}),
+        ({}, {"fuser": lambda dim, seed: 1 / 0}),
+        ({"more": swin}, {}),
+        ({"more": lambda: Own(torch.relu)}, {"example": {"more": torch.zeros(2, 3, 48, 48)}}),
+        ({"more": nn.Identity}, {}),
+    ],
+)
+def test_networks_whose_fusing_failed_are_as_they_were(others: dict, arguments: dict) -> None:
+    networks = {"rgb": vit(), "depth": vit(48, 3)}
+    given = {**networks, **{name: make() for name, make in others.items()}}
+    before = {name: list(network.modules()) for name, network in given.items()}
+    with pytest.raises((tokenfusion.UserError, ZeroDivisionError, StopIteration)):
+        tokenfusion.fuse(given, **arguments)
+    assert {name: list(network.modules()) for name, network in given.items()} == before
+    assert not hooks(given)
+    model = tokenfusion.fuse(networks, fuser="none").eval()
+    assert torch.equal(model(pictures()).outputs["rgb"], vit()(pictures()["rgb"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_missing_input_has_the_dtype_of_the_weights(dtype: torch.dtype) -> None:
+    model = tokenfusion.fuse({"rgb": vit(), "depth": vit(48, 3)}, fuser=HALF, alignment=True).eval().to(dtype)
+    x = pictures()["rgb"].to(dtype)
+    out = model({"rgb": x})
+    assert out.outputs["rgb"].dtype == dtype
+    torch.testing.assert_close(out.outputs["rgb"], vit().to(dtype)(x), rtol=0.05, atol=0.05)
+
+
+class Normed(Own):
+    """With batch norms in the stem and in the tail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm = nn.BatchNorm2d(8, momentum=None)
+        self.stem, self.head = nn.Sequential(self.stem, norm), nn.Sequential(nn.BatchNorm1d(8), self.head)
+
+
+def test_batch_norms_count_every_pass_once() -> None:
+    torch.manual_seed(0)
+    network, x = Normed().train(), {"depth": drawn(2, 3, 48, 48)}
+    plain = copy.deepcopy(network)
+    model = tokenfusion.fuse({"depth": network}, fuser="none", example={"depth": torch.zeros(2, 3, 48, 48)}).train()
+    for _ in range(2):
+        torch.testing.assert_close(model(x).outputs["depth"], plain(x["depth"]))
+    for one, other in zip(model.networks["depth"].buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
+    assert all(m.track_running_stats for m in network.modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -479,17 +549,19 @@ def test_an_index_made_from_the_inputs_is_checked_when_it_comes() -> None:
     ],
 )
 def test_what_separate_networks_do_not_take_is_named(arguments: dict, message: str) -> None:
-    with pytest.raises(tokenfusion.UserError, match=message):
+    with pytest.raises(tokenfusion.tokenfusion.UserError, match=message):
         tokenfusion.fuse({"rgb": vit(), "depth": vit(48)}, **arguments)
 
 
 def test_what_a_shared_network_does_not_take_is_named() -> None:
-    with pytest.raises(tokenfusion.UserError, match="fuse\\(\\) of one shared network takes no 'projection'"):
+    with pytest.raises(
+        tokenfusion.tokenfusion.UserError, match="fuse\\(\\) of one shared network takes no 'projection'"
+    ):
         tokenfusion.fuse(vit(), ["rgb", "depth"], projection={})
-    with pytest.raises(tokenfusion.UserError, match="wanted the names of the streams"):
+    with pytest.raises(tokenfusion.tokenfusion.UserError, match="wanted the names of the streams"):
         tokenfusion.fuse(vit())
     network = vit()
-    with pytest.raises(tokenfusion.UserError, match="one network for several modalities is shared"):
+    with pytest.raises(tokenfusion.tokenfusion.UserError, match="one network for several modalities is shared"):
         tokenfusion.fuse({"rgb": network, "depth": network})
 
 
@@ -498,7 +570,7 @@ def test_norms_behind_attention_take_no_weights() -> None:
         "vit_tiny_patch16_224", depth=2, img_size=48, embed_dim=32, num_heads=2, block_fn=_PostNorm
     )
     with pytest.raises(
-        tokenfusion.UserError, match=r"rgb: block blocks\.0 \(_PostNorm\) has no norm before its attention"
+        tokenfusion.tokenfusion.UserError, match=r"rgb: block blocks\.0 \(_PostNorm\) has no norm before its attention"
     ):
         tokenfusion.fuse({"rgb": network, "depth": vit()})
 
@@ -514,3 +586,21 @@ class _PostNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.norm(self.attn(x))
         return x + self.mlp(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_networks_of_another_precision(dtype: torch.dtype) -> None:
+    model = tokenfusion.fuse({"a": vit().to(dtype), "b": vit().to(dtype)}, mlp=True)
+    x = {name: torch.randn(2, 3, 48, 48, dtype=dtype) for name in ("a", "b")}
+    assert all(answer.dtype == dtype for answer in model(x).outputs.values())
+    assert model.sparsity().dtype == dtype
+
+
+def test_a_networks_own_checkpointing_is_taken_over() -> None:
+    first = vit()
+    first.set_grad_checkpointing(True)
+    model = tokenfusion.fuse({"a": first, "b": vit()}).train()
+    assert model.recomputes
+    first.set_grad_checkpointing(True)
+    with pytest.raises(tokenfusion.UserError, match="own gradient checkpointing is on"):
+        model({name: torch.randn(2, 3, 48, 48) for name in ("a", "b")})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import json
 import os
 import warnings
@@ -140,6 +142,60 @@ def test_half_precision_stays(tmp_path: Path) -> None:
     assert torch.equal(again(x).ensemble, model(x).ensemble)
 
 
+def test_weights_of_several_dtypes_are_refused(tmp_path: Path) -> None:
+    model = tokenfusion.fuse(vit(), ["rgb", "depth"])
+    model.network.bfloat16()
+    with pytest.raises(tokenfusion.UserError, match="the weights are of bfloat16, float32; wanted one of float16"):
+        model.save_pretrained(tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
+
+
+RATES = {"drop_rate": 0.1, "pos_drop_rate": 0.2, "proj_drop_rate": 0.4, "attn_drop_rate": 0.5}
+
+
+@pytest.mark.parametrize("rates", [RATES, *({name: rate} for name, rate in RATES.items())])
+def test_dropout_stays(tmp_path: Path, rates: dict[str, float]) -> None:
+    model = tokenfusion.fuse(vit(**rates), ["rgb", "depth"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / saved.CONFIG).read_text())["network"]["arguments"].items() >= rates.items()
+    again, drops = tokenfusion.load(tmp_path), nn.Dropout
+    told = [[repr(m) for m in x.modules() if isinstance(m, drops)] for x in (model, again)]
+    assert told[0] == told[1]
+
+
+def test_dropout_of_an_architecture_that_hands_its_arguments_on(tmp_path: Path) -> None:
+    network = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3, attn_drop_rate=0.25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenfusion.fuse(network, ["a", "b"]).save_pretrained(tmp_path)
+    assert tokenfusion.load(tmp_path).network.blocks[0].attn.attn_drop.p == 0.25
+
+
+def test_dropout_that_no_argument_gives_is_told(tmp_path: Path) -> None:
+    network = vit()
+    network.blocks[1].attn.proj_drop.p = 0.25
+    model = tokenfusion.fuse(network, ["rgb", "depth"])
+    with pytest.warns(
+        UserWarning, match=r"need network=: network\.blocks\..* is 0 here and 0\.25 in a network built anew"
+    ):
+        model.save_pretrained(tmp_path)
+
+
+def test_saving_seeds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.manual_seed() reaches every device."""
+    model = tokenfusion.fuse(vit(), ["rgb", "depth"])
+
+    def forbidden(seed: int) -> None:
+        raise AssertionError("seeded")
+
+    monkeypatch.setattr(torch, "manual_seed", forbidden)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+
+
 class Block(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -260,6 +316,7 @@ def test_a_damaged_manifest_is_told(folder: Path, content: str | None) -> None:
         ({"fuser": {"_target_": "tokenfusion.fusion.TokenFusion", "theta": 1}}, "takes no such argument"),
         ({"modalities": ["rgb", "rgb"]}, "modalities must be different names"),
         ({"example": [2, 3, 0]}, "cannot be fused as config.json says"),
+        ({"example": [2, 3, 2**40, 2**40]}, "cannot be fused as config.json says"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_told(folder: Path, changes: dict, message: str) -> None:
@@ -293,6 +350,64 @@ def test_what_cannot_be_written_leaves_what_was(folder: Path, monkeypatch: pytes
     (folder.parent / "file").write_text("")
     with pytest.raises(tokenfusion.UserError, match="cannot be written"):
         model.save_pretrained(folder.parent / "file")
+
+
+@pytest.mark.parametrize("failing", range(5))
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+@pytest.mark.parametrize("is_new", [False, True])
+def test_saving_that_is_cut_off_leaves_the_old_or_the_new(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, failing: int, error: BaseException, is_new: bool
+) -> None:
+    """At every rename, the last of them included; KeyboardInterrupt stands for a kill: nothing is tidied up."""
+    model, target = tokenfusion.load(folder), tmp_path / "other" if is_new else folder
+    nn.init.constant_(model.ensemble.alpha, 0.25)
+    old = load_file(folder / saved.MODEL)["ensemble.alpha"]
+    names: list[str] = []
+    rename = Path.replace
+
+    def replace(path: Path, name: Path) -> Path:
+        if len(names) == failing:
+            raise error
+        names.append(Path(name).name)
+        return rename(path, name)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    cut_off = failing < (4 if is_new else 3)  # a card that is there stays
+    with pytest.raises((tokenfusion.UserError, KeyboardInterrupt)) if cut_off else contextlib.nullcontext():
+        model.save_pretrained(target)
+    monkeypatch.undo()
+    if is_new and not failing:
+        with pytest.raises(tokenfusion.UserError, match="not a run folder|MANIFEST.sha256: missing"):
+            tokenfusion.load(target)
+    else:
+        alpha = tokenfusion.load(target).ensemble.alpha
+        assert torch.equal(alpha, model.ensemble.alpha if failing else old)
+    nn.init.constant_(model.ensemble.alpha, 0.75)
+    model.save_pretrained(target)
+    assert sorted(path.name for path in target.iterdir()) == [saved.MANIFEST, saved.CARD, saved.CONFIG, saved.MODEL]
+    assert torch.equal(tokenfusion.load(target).ensemble.alpha, model.ensemble.alpha)
+
+
+def test_a_save_that_was_cut_off_is_finished_before_the_next_begins(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one fails too, before its own manifest: what the first wrote is not lost."""
+    model = tokenfusion.load(folder)
+    nn.init.constant_(model.ensemble.alpha, 0.25)
+    os.replace(folder / saved.MODEL, folder / f".{saved.MODEL}.partial")  # as if it were new and not renamed yet
+    monkeypatch.setattr(saved, "save_file", lambda *args, **kwargs: (folder / f".{saved.MODEL}.partial").open("x"))
+    monkeypatch.setattr(saved, "_sha256", lambda path: _cut_off(path, folder))
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(folder)
+    monkeypatch.undo()
+    assert not torch.equal(tokenfusion.load(folder).ensemble.alpha, model.ensemble.alpha)
+
+
+def _cut_off(path: Path, folder: Path) -> str:
+    """A checksum, until there is the partial file of a new configuration."""
+    if (folder / f".{saved.CONFIG}.partial").exists():
+        raise KeyboardInterrupt
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_neither_a_run_nor_a_fused_network(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch.utils import checkpoint
 
 from tokenfusion.backbones.foreign import Position, answer_of, call, position_of
 from tokenfusion.backbones.hub import Door, FusedBlock, Step, grid_at, hold_blocks
-from tokenfusion.backbones.survey import first_tensor, survey
+from tokenfusion.backbones.survey import evaluating, first_tensor, survey
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.fusers import Context, Entry, Grid, NoFusion
 
@@ -107,10 +107,28 @@ class Column:
         self.depth, self.dim, self.prefix = len(plans), self.plan.dim, self.plan.prefix
         self.door = Door()
         self.places = hold_blocks(network, plans, 1, self.door)
-        self.position: Position | None = position_of(network, plans) if alignment else None
+        self.position: Position | None = None
         self.more: list[int | None] = []  # how many values each block gives beside its tokens; None: no tuple
-        with _evaluating(network):
-            self.answer = self._try_out(network, example)
+        try:
+            if alignment:
+                self.position = position_of(network, plans)
+            with evaluating(network), torch.no_grad():
+                self.answer = self._try_out(network, example)
+        except BaseException:
+            self.release(network)
+            raise
+
+    def release(self, network: nn.Module) -> None:
+        """Give the network its own blocks back, without our hooks."""
+        for place in self.places:
+            for module in place.block.modules():
+                for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                    ours = [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is place]
+                    for key in ours:
+                        del hooks[key]
+                        module._forward_pre_hooks_with_kwargs.pop(key, None)
+            parent, _, name = place.plan.name.rpartition(".")
+            setattr(network.get_submodule(parent), name, place.block)
 
     def _try_out(self, network: nn.Module, example: Tensor) -> torch.Size:
         """Compare the network in lockstep with itself; the shape of its answer."""
@@ -142,7 +160,7 @@ class Column:
     def rehearse(self, network: nn.Module, x: Tensor) -> tuple[Tensor, list[Cue]]:
         """The first block's input, and every block's further arguments."""
         rehearsal = _Rehearsal(self)
-        with suppress(_Reached):
+        with suppress(_Reached), _statistics_kept(network):
             self._run(network, x, rehearsal)
         assert rehearsal.x is not None
         return rehearsal.x, rehearsal.cues
@@ -153,16 +171,18 @@ class Column:
 
 
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """In eval mode, without gradients; every module's own mode comes back."""
-    was_training = {module: module.training for module in network.modules()}
+def _statistics_kept(network: nn.Module) -> Iterator[None]:
+    """Batch norms norm as ever, and leave their running statistics to the replay."""
+    tracking: list[Any] = [
+        module for module in network.modules() if module.training and getattr(module, "track_running_stats", False)
+    ]
+    for module in tracking:
+        module.track_running_stats = False
     try:
-        network.eval()
-        with torch.no_grad():
-            yield
+        yield
     finally:
-        for module, mode in was_training.items():
-            module.training = mode
+        for module in tracking:
+            module.track_running_stats = True
 
 
 class Stream:

@@ -13,12 +13,13 @@ from tokenfusion.backbones.foreign import call, position_parameter, resampled_ta
 from tokenfusion.backbones.fused import FusedBackbone, FusedFeatures
 from tokenfusion.backbones.hub import FusedNetwork, FuserFactory
 from tokenfusion.backbones.keys import from_hf_dinov2
-from tokenfusion.backbones.survey import BlockPlan
+from tokenfusion.backbones.survey import BlockPlan, evaluating
 from tokenfusion.backbones.weights import StateDict, fetch, load_into
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.fusers import Grid
 from tokenfusion.fusion.modality import PerModality, merge, split
 
+CHANNELS = 3  # of every modality, as the data brings it
 LEVELS = 4  # of a column of equal blocks
 
 
@@ -56,17 +57,20 @@ class DenseBackbone(FusedNetwork):
         self.levels = _levels(plans)
         self.dims = [plans[b].dim for b in self.levels]
         self.norms = nn.ModuleList(PerModality(nn.LayerNorm(dim), len(self.modalities)) for dim in self.dims)
-        rows = [grid[0] for plan in plans if (grid := plan.grid) is not None]
-        self.multiple = math.ceil(self.example_size[-2] / min(rows))
-        self._rest(frozen)
-
-    def _rest(self, frozen: int) -> None:
-        """What the maps do not depend on asks for no gradient (a final norm, a pooler), and what is frozen neither."""
-        plans = self.survey.blocks
+        if self.example_size[1] != CHANNELS:
+            raise UserError(
+                f"model.backbone: takes {self.example_size[1]} channels; every modality comes with {CHANNELS}"
+            )
         if frozen and (plans[-1].stage or not 0 < frozen <= len(plans)):
             raise UserError(f"model.frozen={frozen}: wanted 0, or for a column of equal blocks up to {len(plans)}")
+        self.frozen = frozen
+        self.multiple = _stride(self.example_size[-2], min(grid[0] for plan in plans if (grid := plan.grid)))
+
+    def rest(self) -> None:
+        """Before training: what the maps do not depend on (a final norm, a pooler) asks for no gradient, nor what is frozen."""
+        plans, frozen = self.survey.blocks, self.frozen
         example = torch.zeros(1, *self.example_size[1:], device=next(self.parameters()).device)
-        with torch.enable_grad():
+        with evaluating(self), torch.enable_grad():
             maps = self(dict.fromkeys(self.modalities, example)).maps
             named = [(n, p) for n, p in self.network.named_parameters() if p.requires_grad]
             gradients = torch.autograd.grad(sum(m.sum() for m in maps), [p for _, p in named], allow_unused=True)
@@ -95,7 +99,7 @@ class DenseBackbone(FusedNetwork):
             len(self.modalities), self.example_size[1], *self._size(shape), device=next(self.parameters()).device
         )
         try:
-            with torch.no_grad():
+            with evaluating(self), torch.no_grad():
                 call(self.network, x)
         except (AssertionError, RuntimeError, ValueError) as error:
             size, reason = f"{x.shape[-2]}x{x.shape[-1]}", str(error).splitlines()[0][:120]
@@ -112,6 +116,7 @@ class DenseBackbone(FusedNetwork):
         size = self._size(next(iter(inputs.values())).shape)
         sized = {name: _resized(x, size) for name, x in inputs.items()}
         maps, scores, present = self.pyramid(sized, self.levels, present)
+        self._scores = None  # a task reads them from the output
         normed = [
             split(norm(merge(x.movedim(2, -1))), len(x)).movedim(-1, 2)
             for x, norm in zip(maps, self.norms, strict=True)
@@ -161,6 +166,11 @@ def _levels(plans: Sequence[BlockPlan]) -> list[int]:
         return last
     levels = min(LEVELS, len(plans))
     return [len(plans) * (level + 1) // levels - 1 for level in range(levels)]
+
+
+def _stride(size: int, rows: int) -> int:
+    """Pixels per row of the coarsest map; where convolutions padded the example, the power of two that they make."""
+    return size // rows if size % rows == 0 else 2 ** math.ceil(math.log2(size / rows))
 
 
 def _resized(x: Tensor, size: Grid) -> Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenfusion.backbones.survey import BlockPlan, first_tensor
+from tokenfusion.backbones.survey import BlockPlan
 from tokenfusion.errors import UserError, nearest, require
 from tokenfusion.fusion.fusers import Grid
 
@@ -53,18 +53,21 @@ def _is_headless(network: nn.Module) -> bool:
     return code is not None and "NotImplementedError" in code.co_names
 
 
-def answer_of(output: Any) -> Tensor:
+def answer_of(output: Any, batch: int | None = None) -> Tensor:
     """The tensor of an answer that an ensemble can average: logits, else pooled features, else the first tensor.
+
+    Args:
+        output: a tensor, a tuple, a dict, or a model output of Hugging Face.
+        batch: its number of samples; what has another first size (a loss beside it) is passed over.
 
     Raises:
         UserError: where there is none.
     """
-    for name in ("logits", "pooler_output"):
-        value = getattr(output, name, None)
-        if isinstance(value, Tensor):
-            return value
-    values = output.to_tuple() if hasattr(output, "to_tuple") else output
-    tensor = first_tensor(values)
+    named = output if isinstance(output, Mapping) else {}
+    values = output.to_tuple() if hasattr(output, "to_tuple") else list(named.values()) or output
+    found = [named.get(name, getattr(output, name, None)) for name in ("logits", "pooler_output")]
+    found += values if isinstance(values, tuple | list) else [values]
+    tensor = next((t for t in found if isinstance(t, Tensor) and (batch is None or t.shape[:1] == (batch,))), None)
     if tensor is None:
         raise UserError(f"the network answers with {type(output).__name__}, which holds no tensor to average")
     return tensor
@@ -84,14 +87,16 @@ def timm_network(name: str, **arguments: Any) -> nn.Module:
     if not timm.is_model(name.split(".")[0]):
         raise UserError(f"timm has no model {name!r}; {nearest(name, timm.list_models())[:200]}")
     arguments = {"num_classes": 0, **arguments}
-    try:
-        return timm.create_model(name, **{"dynamic_img_size": True, **arguments})
-    except TypeError:  # a family that does not know that argument; of the user's own ones this tells again
-        pass
-    try:
-        return timm.create_model(name, **arguments)
-    except Exception as error:  # whatever the many constructors and the hub's client raise
-        raise UserError(f"timm/{name}: {str(error).splitlines()[0][:160]}") from None
+    for more in ({"dynamic_img_size": True}, {}):
+        try:
+            return timm.create_model(name, **{**more, **arguments})
+        except TypeError as error:  # a family that does not know the additional argument, or one of the user's
+            refused: Exception = error
+        except Exception as error:  # whatever the many constructors and the hub's client raise
+            refused = error
+            break
+    reason = (str(refused).splitlines() or ["arguments that do not fit each other"])[0]
+    raise UserError(f"timm/{name}: {reason[:160]}")
 
 
 def hf_network(name: str, pretrained: bool = False) -> nn.Module:
@@ -109,28 +114,33 @@ def hf_network(name: str, pretrained: bool = False) -> nn.Module:
         raise UserError(f"hf/{name}: {str(error).splitlines()[0][:160]}") from None
 
 
+def weight_of(network: nn.Module) -> Tensor:
+    """One of the weights, without its gradient: they tell device and precision."""
+    return next((p.detach() for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
+
+
 def example_of(network: nn.Module) -> Tensor:
-    """Two inputs of zeros, of the size that a network of timm or Hugging Face is made for.
+    """Two inputs of zeros, of the size that a network of timm or Hugging Face is made for, where and of what its weights are.
 
     Raises:
         UserError: for other modules: give one yourself.
     """
     kind = kind_of(network)
-    device = next(network.parameters()).device
+    some = weight_of(network)
     if kind == "timm":
         cfg = getattr(network, "pretrained_cfg", {})
         channels, *size = cfg.get("input_size", (3, 224, 224))
         if isinstance(cfg.get("first_conv"), str):
             channels = getattr(network.get_submodule(cfg["first_conv"]), "in_channels", channels)
         size = getattr(getattr(network, "patch_embed", None), "img_size", None) or size
-        return torch.zeros(2, channels, *size, device=device)
+        return some.new_zeros(2, channels, *size)
     if kind == "hf":
         config: Any = network.config
         if network.main_input_name == "input_values":  # spectrograms: time, frequencies
-            return torch.zeros(2, config.max_length, config.num_mel_bins, device=device)
+            return some.new_zeros(2, config.max_length, config.num_mel_bins)
         size = getattr(config, "image_size", 224)
         rows, columns = (size, size) if isinstance(size, int) else size
-        return torch.zeros(2, getattr(config, "num_channels", 3), rows, columns, device=device)
+        return some.new_zeros(2, getattr(config, "num_channels", 3), rows, columns)
     raise UserError(f"{type(network).__name__} is not of timm or Hugging Face: give fuse() an example= input [B, ...]")
 
 
@@ -176,8 +186,9 @@ class Position:
         tokens = self.grid[0] * self.grid[1]
         own = table[len(table) - self.suffix - tokens : len(table) - self.suffix]
         if grid != self.grid:
-            image = own.t().unflatten(1, self.grid).unsqueeze(0)
-            own = F.interpolate(image, size=grid, mode="bicubic", antialias=True, align_corners=False)[0].flatten(1).t()
+            image = own.t().unflatten(1, self.grid).unsqueeze(0).float()
+            image = F.interpolate(image, size=grid, mode="bicubic", antialias=True, align_corners=False)
+            own = image[0].flatten(1).t().to(table.dtype)
         return F.pad(own, (0, 0, prefix, 0))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -13,11 +15,12 @@ from torch.nn import functional as F
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_map
 
-from tokenfusion.backbones.foreign import answer_of, call, example_of, position_of
+from tokenfusion.backbones.foreign import answer_of, call, example_of, position_of, weight_of
 from tokenfusion.backbones.stems import Stems, adapt_stem
 from tokenfusion.backbones.survey import BlockPlan, Survey, first_tensor, is_norm, survey
 from tokenfusion.components import component_of
 from tokenfusion.errors import UserError
+from tokenfusion.fusion.baselines import keys_of
 from tokenfusion.fusion.ensemble import LearnedEnsemble
 from tokenfusion.fusion.exchange import ExchangeRates
 from tokenfusion.fusion.fusers import Context, Entry, Fuser, Grid, NoFusion
@@ -58,12 +61,15 @@ class Step(NamedTuple):
     ctx: Context
 
 
-class Door:
-    """What the blocks of one network share while it runs: plain attributes, empty between two forward passes."""
+class Door(threading.local):
+    """What the blocks of one network share while it runs: empty between two forward passes, and every thread's own."""
 
     def __init__(self) -> None:
         self.run: Runner | None = None
         self.step: Step | None = None
+
+    def __reduce__(self) -> tuple[type[Door], tuple[()]]:
+        return Door, ()
 
 
 class FusedBlock(nn.Module):
@@ -76,6 +82,9 @@ class FusedBlock(nn.Module):
     def __init__(self, block: nn.Module, plan: BlockPlan, index: int, modalities: int, door: Door) -> None:
         super().__init__()
         self.block, self.plan, self.index, self.modalities, self.door = block, plan, index, modalities, door
+        first = next(iter(inspect.signature(block.forward).parameters.values()), None)
+        self.named = None if first is None else first.name  # what the block calls its tokens
+        self.keyword = self.named if first is not None and first.kind is first.KEYWORD_ONLY else None
         attention = block.get_submodule(plan.parts.attention)
         attention.register_forward_pre_hook(self._unite, with_kwargs=True)
         attention.register_forward_hook(self._divide)
@@ -86,9 +95,23 @@ class FusedBlock(nn.Module):
         if plan.parts.norm is not None:
             block.get_submodule(plan.parts.norm).register_forward_hook(self._behind_norm)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        """What the network asks its block for, which is one level deeper now."""
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:
+            return modules[name]
+        if "block" not in modules:
+            raise AttributeError(name)
+        return getattr(modules["block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         run = self.door.run
-        return self.block(x, *args, **kwargs) if run is None else run.block(self, x, args, kwargs)
+        if run is None:
+            return self.block(*args, **kwargs)
+        if args:
+            return run.block(self, args[0], args[1:], kwargs)
+        name = self.named if self.named in kwargs else next(iter(kwargs))
+        return run.block(self, kwargs[name], (), {key: value for key, value in kwargs.items() if key != name})
 
     def run(self, x: Tensor, fuser: Fuser, ctx: Context, args: Any, kwargs: Any) -> tuple[Any, Tensor | None]:
         """The block on all streams ``x`` ``[M*B, ...]``: its output, and the scores ``[M, B, N]``."""
@@ -99,7 +122,8 @@ class FusedBlock(nn.Module):
         """The block on the tokens that were decided on, in the shape of its own input ``x``: its output."""
         self.door.step = step
         try:
-            return self.block(self.plan.layout.back(merge(step.entry.x), x), *args, **kwargs)
+            x = self.plan.layout.back(merge(step.entry.x), x)
+            return self.block(x, *args, **kwargs) if self.keyword is None else self.block(**{self.keyword: x}, **kwargs)
         finally:
             self.door.step = None
 
@@ -139,7 +163,7 @@ class FusedBlock(nn.Module):
         name = None if args else next(iter(kwargs))  # some attentions are given their tokens by name
         x = split(kwargs[name] if name else args[0], self.modalities)  # [M, B, N, C]
         if step.ctx.present is not None:
-            there = step.ctx.present.t().repeat_interleave(x.shape[2], 1)[:, None, None]
+            there = keys_of(step.ctx.present).t().repeat_interleave(x.shape[2], 1)[:, None, None]
             mask = torch.zeros_like(there, dtype=x.dtype).masked_fill(~there, float("-inf"))
             kwargs = {**kwargs, _mask_argument(module): mask}
             args = args[:1]
@@ -211,9 +235,30 @@ class FusedModel(nn.Module):
         self.ensemble = LearnedEnsemble(len(modalities))
         self.account: list[str] = []  # what was done to the networks, in sentences
         self._scores: list[Tensor] | None = None
+        self._switches: list[tuple[nn.Module, str]] = []  # of the networks' own gradient checkpointing
+
+    def take_over_checkpointing(self, network: nn.Module) -> None:
+        """Where a network's own gradient checkpointing is on, switch it off and recompute blocks here: it cannot see fusers."""
+        switches = switches_of(network)
+        self._switches += switches
+        if any(getattr(module, name) for module, name in switches):
+            for module, name in switches:
+                setattr(module, name, False)
+            self.recomputes = True
+            self.account.append("gradient checkpointing was on: the fused blocks are recomputed whole in its place")
+
+    def check_checkpointing(self) -> None:
+        """Raise a UserError where someone switched a network's own gradient checkpointing on since then."""
+        if self.training and any(getattr(module, name) for module, name in self._switches):
+            raise UserError(
+                "the network's own gradient checkpointing is on, which cannot see the fusers; switch it off and call "
+                "set_grad_checkpointing() of the fused network"
+            )
 
     def sparsity(self, reduction: Reduction = "mean") -> Tensor:
-        """The l1 norm of the last forward pass's scores (Eq. 5), to be added to the loss times lambda; 0 without scores.
+        """The l1 norm of the scores of the last forward pass in training mode (Eq. 5), to be added to the loss times lambda.
+
+        0 without scores. A forward pass in eval mode forgets them.
 
         Raises:
             RuntimeError: where there was no forward pass in training mode.
@@ -231,8 +276,9 @@ class FusedModel(nn.Module):
     ) -> Tensor | None:
         """Who is there, bool ``[M, B]``: whose input is given and whom ``present`` does not deny; None = everyone."""
         wanted = (len(self.modalities), batch)
-        if present is not None and (present.shape != wanted or present.dtype != torch.bool):
-            got = f"{present.dtype} {list(present.shape)}"
+        is_tensor = isinstance(present, Tensor)
+        if present is not None and not (is_tensor and present.shape == wanted and present.dtype == torch.bool):
+            got = f"{present.dtype} {list(present.shape)}" if is_tensor else type(present).__name__
             raise ValueError(f"present must be bool {list(wanted)} (modalities, samples); got {got}")
         given = [name in inputs for name in self.modalities]
         if all(given):
@@ -282,13 +328,13 @@ class FusedNetwork(FusedModel):
         super().__init__(tuple(modalities))
         if score_nets not in ("stage", "block"):
             raise ValueError(f"score_nets must be 'stage' or 'block', not {score_nets!r}")
-        if len(set(modalities)) != len(modalities) or not modalities:
-            raise ValueError(f"modalities must be different names, at least one; got {list(modalities)}")
+        _check_names(modalities)
         check_unfused(network)
+        _check_all_kept(network)
         self.plain = NoFusion(0, len(modalities))
         self.channels = tuple(modalities.values()) if isinstance(modalities, Mapping) else None
         example = example_of(network) if example is None else example
-        self.survey: Survey = survey(network, example, lambda x: call(network, x))
+        self.survey: Survey = survey(network, example, lambda x: answer_of(call(network, x)[1], len(x)))
         self.example_size = example.shape
         plans = self.survey.blocks
         fusing = _chosen(blocks, len(plans))
@@ -299,17 +345,23 @@ class FusedNetwork(FusedModel):
             plan = plans[index]
             if score_nets == "block" or plan.stage not in of_stage:
                 of_stage[plan.stage] = len(self.fusers)
-                self.fusers.append(fuser(plan.dim, len(modalities), plan.stage))
+                self.fusers.append(_made(fuser, plan, len(modalities)))
             self._fuser_at[index] = of_stage[plan.stage]
             _check_fits(self.fuser_of(index), plan, network.get_submodule(plan.name))
         # all is well: only now the network is touched
         if isinstance(modalities, Mapping):
             self.account += adapt_stem(network, self.survey.stem, modalities)
         make_private(network, len(modalities), is_norm)
+        self.take_over_checkpointing(network)
         self._door = Door()
         hold_blocks(network, plans, len(modalities), self._door)
         self.network = network
         self.position = position_of(network, plans) if alignment else None
+        if alignment and self.position is None:
+            kind = type(network).__name__
+            self.account.append(f"alignment changes nothing: {kind} has no position embedding of its own to re-add")
+        for ours in (self.fusers, self.ensemble):
+            ours.to(weight_of(network))
         component = component_of(fuser)
         self.recipe: dict[str, Any] = {  # what a saved one is built from
             "seed": (component or {}).pop("seed", 0),
@@ -373,17 +425,25 @@ class FusedNetwork(FusedModel):
         return {self.survey.blocks[b].name: self.fuser_of(b).rates(score, present) for b, score in fused}
 
     def freeze(self, private: bool = False) -> None:
-        """Keep the network's weights; its private norms and adapted stems go on learning unless ``private`` is true."""
+        """Keep the network's weights, its own first convolution too.
+
+        Its private norms and the stems that were adapted go on learning unless ``private`` is true.
+        """
         self.network.requires_grad_(False)
         for module in self.network.modules():
-            if not private and isinstance(module, PerModality | Stems):
-                module.requires_grad_(True)
+            learning = module.adapted() if isinstance(module, Stems) else [module]
+            for own in learning if not private and isinstance(module, PerModality | Stems) else ():
+                own.requires_grad_(True)
 
     def stack(self, inputs: Mapping[str, Tensor], present: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """``{name: [B, ...]} -> [M*B, ...]``, channels padded to the widest, and which are present, ``[M, B]``."""
         unknown = [name for name in inputs if name not in self.modalities]
         if unknown or not inputs:
             raise ValueError(f"inputs must be some of {', '.join(self.modalities)}; got {', '.join(inputs) or 'none'}")
+        wrong = next((name for name, x in inputs.items() if not isinstance(x, Tensor) or x.dim() < 2), None)
+        if wrong is not None:
+            got = type(inputs[wrong]).__name__
+            raise ValueError(f"{wrong} must be a tensor [B, C, ...]; got {got}; leave a missing modality's name out")
         widest = max(inputs.values(), key=lambda x: x.shape[1])
         channels = max(self.channels) if self.channels else widest.shape[1]
         shape = (widest.shape[0], channels, *widest.shape[2:])
@@ -403,10 +463,10 @@ class FusedNetwork(FusedModel):
 
     def forward(self, inputs: Mapping[str, Tensor], present: Tensor | None = None) -> FusedOutput:
         run, (features, outputs) = self._run(inputs, present)
-        answers = split(answer_of(outputs), len(self.modalities))
+        answers = split(answer_of(outputs, run.size[0]), len(self.modalities))
         return FusedOutput(
-            self._named(features, inputs),
-            self._named(outputs, inputs),
+            self._named(features, inputs, run.size[0]),
+            self._named(outputs, inputs, run.size[0]),
             self.ensemble(answers, run.present),
             run.scores,
             run.present,
@@ -420,25 +480,28 @@ class FusedNetwork(FusedModel):
         return run.maps, run.scores, run.present
 
     def _run(self, inputs: Mapping[str, Tensor], present: Tensor | None, wanted: Sequence[int] = ()) -> Any:
+        self.check_checkpointing()
         x, present = self.stack(inputs, present)
         run = _Run(self, present, x.shape, wanted)
-        self._door.run = run
+        before, self._door.run = self._door.run, run
         try:
             called = call(self.network, x)
         finally:
-            self._door.run = None
-        if self.training:
-            self._scores = run.scores
+            self._door.run = before
+        self._scores = run.scores if self.training else None
         return run, called
 
-    def _named(self, value: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Every tensor ``[M*B, ...]`` of a structure, per modality that was given."""
-        rows = len(self.modalities)
-        return {
-            name: tree_map(lambda x: split(x, rows)[index] if isinstance(x, Tensor) else x, value)  # noqa: B023
-            for index, name in enumerate(self.modalities)
-            if name in inputs
-        }
+    def _named(self, value: Any, inputs: Mapping[str, Tensor], rows: int) -> dict[str, Any]:
+        """Every tensor ``[M*B, ...]`` of a structure, per modality that was given; other tensors as they are."""
+
+        def of(index: int) -> Callable[[Any], Any]:
+            def own(x: Any) -> Any:
+                is_stack = isinstance(x, Tensor) and x.shape[:1] == (rows,)
+                return split(x, len(self.modalities))[index] if is_stack else x
+
+            return own
+
+        return {name: tree_map(of(m), value) for m, name in enumerate(self.modalities) if name in inputs}
 
     def grid_of(self, plan: BlockPlan, x: Tensor, size: torch.Size) -> Grid:
         """Rows and columns of a block's map, from its input and the size of the network's."""
@@ -450,6 +513,50 @@ class FusedNetwork(FusedModel):
         if self.position is None or place.index == 0 or plan.dim != self.survey.blocks[0].dim:
             return None
         return self.position.on(self.network, self.grid_of(plan, x, size), plan.prefix)
+
+
+def _check_names(modalities: Sequence[str] | Mapping[str, int]) -> None:
+    """Raise a UserError where these are no names of streams, or no channels."""
+    is_many = isinstance(modalities, Sequence | Mapping) and not isinstance(modalities, str)
+    names = list(modalities) if is_many else []
+    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        raise UserError(f'modalities must be different names, at least one, as ["rgb", "depth"]; got {modalities!r}')
+    wrong = next((n for n in modalities.values() if type(n) is not int), 0) if isinstance(modalities, Mapping) else 0
+    if wrong != 0:
+        raise UserError(f"modalities: channels must be whole numbers; got {wrong!r}")
+
+
+def _check_all_kept(network: nn.Module) -> None:
+    """Raise a UserError where a network drops patches: each stream would lose others."""
+    for name, module in network.named_modules():
+        drops = name.rpartition(".")[2] == "patch_drop" or type(module).__name__ == "PatchDropout"
+        if drops and getattr(module, "prob", 0) > 0:
+            raise UserError(
+                f"{type(network).__name__} drops patches in training, in each stream others; set patch_drop_rate=0"
+            )
+
+
+def switches_of(network: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Modules that can recompute what they hold, and what they call the switch: timm's and Hugging Face's."""
+    names = ("grad_checkpointing", "gradient_checkpointing")
+    return [(m, name) for m in network.modules() for name in names if isinstance(getattr(m, name, None), bool)]
+
+
+def _made(make: FuserFactory, plan: BlockPlan, modalities: int) -> Fuser:
+    """A fuser for a block.
+
+    Raises:
+        UserError: where what shall make it cannot be called so, or makes something else.
+    """
+    wanted = "wanted a word, a component, or what makes a Fuser from (dim, modalities, stage)"
+    try:
+        inspect.signature(make).bind(plan.dim, modalities, plan.stage)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"fuser: {wanted}; got {make!r} ({error})") from None
+    made = make(plan.dim, modalities, plan.stage)
+    if not isinstance(made, Fuser):
+        raise UserError(f"fuser: {wanted}; got {make!r}, which makes {type(made).__name__}")
+    return made
 
 
 def check_unfused(network: nn.Module) -> None:
@@ -485,6 +592,9 @@ def grid_at(plan: BlockPlan, x: Tensor, size: torch.Size, example_size: torch.Si
 
 def _chosen(blocks: Sequence[int] | None, count: int) -> list[int]:
     """Numbers of the blocks that fuse, in order; negative ones count from the last."""
+    is_many = blocks is None or (isinstance(blocks, Iterable) and not isinstance(blocks, str | Mapping))
+    if not is_many or not all(isinstance(b, int) for b in blocks or ()):
+        raise UserError(f"blocks: wanted numbers of blocks, as [0, 3]; got {blocks!r}")
     wrong = [b for b in blocks or () if not -count <= b < count]
     if wrong:
         raise UserError(f"blocks: {wrong[0]} is none of the network's {count} blocks, 0..{count - 1}")
@@ -513,15 +623,12 @@ def _not_united(plan: BlockPlan, block: nn.Module) -> str | None:
     if any(is_norm(module) for module in attention.modules()):
         return "norms queries and keys privately inside its attention"
     some = next(attention.parameters())
-    x = torch.randn(1, 6, plan.dim, generator=torch.Generator().manual_seed(0)).to(some)
-    was_training = attention.training
-    attention.eval()
+    x = torch.randn(1, 6, plan.dim, generator=torch.Generator().manual_seed(0)).to(some.device)
     try:
+        attention = copy.deepcopy(attention).float().eval()  # a copy, as half precision would not tell
         with torch.no_grad():
             y, turned = (first_tensor(attention(z)) for z in (x, x.flip(1)))
     except Exception as error:  # whatever a foreign module raises
         return f"attends to a fixed number of tokens only ({str(error).splitlines()[0][:80]})"
-    finally:
-        attention.train(was_training)
     close = y is not None and turned is not None and torch.allclose(y.flip(1), turned, rtol=1e-3, atol=1e-4)
     return None if close else "tells its attention where a token stands"

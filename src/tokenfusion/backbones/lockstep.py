@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenfusion.backbones.column import Column, Stream
-from tokenfusion.backbones.foreign import answer_of, example_of
+from tokenfusion.backbones.foreign import answer_of, example_of, weight_of
 from tokenfusion.backbones.hub import FusedModel, FusedOutput, check_unfused
 from tokenfusion.backbones.survey import is_norm
 from tokenfusion.errors import UserError
@@ -46,12 +46,7 @@ class Bridge(nn.Module):
         self.pair = receiver.name, giver.name
         if isinstance(index, Tensor):
             self._check(index, None, receiver.tokens)
-            least, most = (int(index.min()), int(index.max())) if index.numel() else (0, 0)
-            if least < -1 or most >= giver.tokens:
-                raise UserError(
-                    f"projection {self.pair}: an index lies in {least}..{most}; wanted 0..{giver.tokens - 1}, or -1 where "
-                    "there is no stand-in"
-                )
+            self._check_range(index, giver.tokens)
         elif index is not None and not callable(index):
             raise UserError(
                 f"projection {self.pair}: wanted an int64 tensor or a function of the inputs; got {index!r}"
@@ -70,6 +65,14 @@ class Bridge(nn.Module):
                 f"for each of {self.pair[0]}; got {str(index.dtype).removeprefix('torch.')} {list(index.shape)}"
             )
 
+    def _check_range(self, index: Tensor, tokens: int) -> None:
+        least, most = (int(index.min()), int(index.max())) if index.numel() else (0, 0)
+        if least < -1 or most >= tokens:
+            raise UserError(
+                f"projection {self.pair}: an index lies in {least}..{most}; wanted 0..{tokens - 1}, or -1 where "
+                "there is no stand-in"
+            )
+
     def index_for(self, inputs: Mapping[str, Any], receiver: Stream, giver: Stream) -> Tensor | None:
         """The giver's token for each of the receiver's: int64 ``[B, N]``, -1 = none; None: the same one."""
         size, device, index = receiver.size, receiver.x.device, self.index
@@ -82,6 +85,8 @@ class Bridge(nn.Module):
                 return torch.full(size, -1, device=device)
             index = self.find(inputs)
         self._check(index, *size)
+        if index.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait for the device
+            self._check_range(index, giver.size[1])
         return index.expand(size)
 
 
@@ -179,11 +184,28 @@ class FusedStreams(FusedModel):
         super().__init__(tuple(networks))
         _check_networks(networks)
         self.seed = seed
+        self._check_names(projection or {})
         given = example or {}
-        self.columns = [
-            Column(name, network, given[name] if name in given else example_of(network), alignment)
-            for name, network in networks.items()
-        ]
+        self.columns: list[Column] = []
+        try:
+            for name, network in networks.items():
+                at = given[name] if name in given else example_of(network)
+                self.columns.append(Column(name, network, at, alignment))
+            self._connect(networks, exchange, projection, mlp)
+        except BaseException:
+            for column in self.columns:
+                column.release(networks[column.name])
+            raise
+
+    def _connect(
+        self,
+        networks: Mapping[str, nn.Module],
+        exchange: ExchangeFactory,
+        projection: Mapping[Pair, Index] | None,
+        mlp: bool,
+    ) -> None:
+        """What decides before every step, and the ways between the streams."""
+        seed = self.seed
         self.networks = nn.ModuleDict(networks)
         self.steps = min(column.depth for column in self.columns)
         self.pairs = [pair_layers(column.depth, self.steps) for column in self.columns]
@@ -207,23 +229,33 @@ class FusedStreams(FusedModel):
                 for (r, g), index in maps.items()
             }
         )
+        for network in networks.values():
+            self.take_over_checkpointing(network)
+        weights = [weight_of(network) for network in networks.values()]
+        for exchanges in self.exchanges:
+            for m, own in cast("nn.ModuleDict", exchanges).items():
+                own.to(weights[int(m)])
+        for receiver, giver in maps:
+            self.bridge(receiver, giver).nets.to(weights[giver])
         self.answers_agree = len({column.answer for column in self.columns}) == 1
         self.account += [f"{c.name}: {c.depth} blocks of width {c.dim} in {self.steps} steps" for c in self.columns]
         for receiver, giver in maps:
             how = "as they are" if self.bridge(receiver, giver).is_identity else "through an MLP"
             self.account.append(f"{self.modalities[receiver]} takes tokens of {self.modalities[giver]} {how}")
 
-    def _maps(self, projection: Mapping[Pair, Index] | None) -> dict[tuple[int, int], Index | None]:
-        """Index maps by (receiver, giver), checked; receivers and givers in the order of the modalities."""
-        if projection is None:
-            return self._laid_over()
-        numbers = {name: m for m, name in enumerate(self.modalities)}
+    def _check_names(self, projection: Mapping[Pair, Index]) -> None:
         for pair in projection:
-            if len(pair) != 2 or any(name not in numbers for name in pair) or pair[0] == pair[1]:
+            if len(pair) != 2 or any(name not in self.modalities for name in pair) or pair[0] == pair[1]:
                 raise UserError(
                     f"projection: {pair!r} is no pair of a receiver and another giver; "
                     f"wanted two of {', '.join(self.modalities)}"
                 )
+
+    def _maps(self, projection: Mapping[Pair, Index] | None) -> dict[tuple[int, int], Index | None]:
+        """Index maps by (receiver, giver); receivers and givers in the order of the modalities."""
+        if projection is None:
+            return self._laid_over()
+        numbers = {name: m for m, name in enumerate(self.modalities)}
         return dict(sorted(((numbers[to], numbers[source]), index) for (to, source), index in projection.items()))
 
     def _laid_over(self) -> dict[tuple[int, int], Index | None]:
@@ -297,6 +329,7 @@ class FusedStreams(FusedModel):
                 module.requires_grad_(True)
 
     def forward(self, inputs: Mapping[str, Any], present: Tensor | None = None) -> FusedOutput:
+        self.check_checkpointing()
         given, present = self._complete(inputs, present)
         streams = [
             Stream(column, self.networks[column.name], x, None if present is None else present[m])
@@ -310,8 +343,8 @@ class FusedStreams(FusedModel):
             for stream, pairs, entry in zip(streams, self.pairs, entries, strict=True):
                 stream.advance(pairs[step], entry, self.recomputes)
         called = [stream.replay() for stream in streams]
-        if self.training:
-            self._scores = [torch.where(donor >= 0, score, 0) for score, donor in zip(scores, donors, strict=True)]
+        penalised = [torch.where(donor >= 0, score, 0) for score, donor in zip(scores, donors, strict=True)]
+        self._scores = penalised if self.training else None
         answers = [answer_of(answer) for _, answer in called]
         named = {name: called[m] for m, name in enumerate(self.modalities) if name in inputs}
         return FusedOutput(
@@ -337,12 +370,19 @@ class FusedStreams(FusedModel):
         present = self.presence(inputs, present, len(some), some.device)
         given = []
         for m, column in enumerate(self.columns):
-            shape = (len(some), *column.example.shape[1:])
-            x = known[column.name] if column.name in known else column.example.new_zeros(shape, device=some.device)
+            x = known[column.name] if column.name in known else self._zeros(column, len(some), some.device)
             if present is not None:  # whatever a broken sensor sent, NaN too, goes no further
                 x = torch.where(present[m].view(-1, *[1] * (x.dim() - 1)), x, 0)
             given.append(x)
         return given, present
+
+    def _zeros(self, column: Column, batch: int, device: torch.device) -> Tensor:
+        """A missing input, of the dtype that the network's weights have by now."""
+        dtype = column.example.dtype
+        if dtype.is_floating_point:
+            parameters = self.networks[column.name].parameters()
+            dtype = next((p.dtype for p in parameters if p.is_floating_point()), dtype)
+        return torch.zeros(batch, *column.example.shape[1:], dtype=dtype, device=device)
 
     def _meet(
         self, step: int, streams: Sequence[Stream], meeting: _Meeting, scores: list[Tensor], donors: list[Tensor]

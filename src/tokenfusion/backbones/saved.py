@@ -2,7 +2,8 @@
 
 config.json   model.safetensors   MANIFEST.sha256   README.md
 
-Nothing is pickled, and reading runs no code that the folder brings along.
+Nothing is pickled, and reading runs no code that the folder brings along. New files lie there whole, as .NAME.partial,
+before the manifest names them; where the rest of the renaming was cut off, they are read from there.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from pydantic import Field, ValidationError
@@ -29,6 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from tokenfusion.backbones.foreign import example_of, kind_of, library
 from tokenfusion.backbones.hub import FusedNetwork, FuserFactory
+from tokenfusion.backbones.survey import evaluating
 from tokenfusion.backbones.weights import local_folder
 from tokenfusion.components import FUSER_GIVEN, TARGET, Section, explain, find, maker
 from tokenfusion.errors import UserError
@@ -43,10 +46,23 @@ TIMM_ARGUMENTS = (
     "img_size",
     "dynamic_img_size",
     "drop_rate",
+    "pos_drop_rate",
+    "proj_drop_rate",
+    "attn_drop_rate",
     "drop_path_rate",
 )
+DROPOUTS = {  # of timm: the argument, and the modules that it reaches
+    "drop_rate": re.compile(r"(^|\.)head_drop$|(^|\.)head\.drop$"),
+    "pos_drop_rate": re.compile(r"(^|\.)pos_drop$"),
+    "proj_drop_rate": re.compile(r"(^|\.)proj_drop$"),
+    "attn_drop_rate": re.compile(r"(^|\.)attn_drop$"),
+}
 # what a configuration of Hugging Face may say beside the architecture: code or kernels to fetch, places, versions
 HF_LEFT_OUT = re.compile(r"^_|(attn|experts)_implementation|^auto_map$|^quantization_config$|_version$")
+
+
+Dtype = Literal["float16", "bfloat16", "float32", "float64"]
+DTYPES = get_args(Dtype)
 
 
 class NetworkSpec(Section):
@@ -69,7 +85,7 @@ class SavedConfig(Section):
     network: NetworkSpec
     modalities: list[str] | dict[str, int]  # names, with the channels of each where they were given
     example: list[int]  # shape of an input of the network
-    dtype: Literal["float16", "bfloat16", "float32", "float64"]
+    dtype: Dtype
     fuser: dict[str, Any]
     seed: int
     score_nets: Literal["stage", "block"]
@@ -80,7 +96,10 @@ class SavedConfig(Section):
 
 def is_saved(folder: Path) -> bool:
     """Whether a folder looks like one that :func:`save` wrote."""
-    return (folder / CONFIG).is_file() and not (folder / "recipe.yaml").is_file()
+    return (
+        any(path.is_file() for path in (folder / CONFIG, _part(folder, CONFIG)))
+        and not (folder / "recipe.yaml").is_file()
+    )
 
 
 def save(model: FusedNetwork, folder: str | Path) -> None:
@@ -97,7 +116,8 @@ def save(model: FusedNetwork, folder: str | Path) -> None:
     texts = {CONFIG: json.dumps(config.model_dump(mode="json"), indent=1) + "\n"}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        parts = {name: folder / f".{name}{PARTIAL}" for name in (MODEL, CONFIG, CARD, MANIFEST)}
+        _settle(folder)
+        parts = {name: _part(folder, name) for name in (MODEL, CONFIG, CARD, MANIFEST)}
         if (folder / CARD).exists():  # it may have been written on
             del parts[CARD]
         texts[CARD] = card(model, config, folder.resolve().name)
@@ -108,24 +128,24 @@ def save(model: FusedNetwork, folder: str | Path) -> None:
             parts[name].write_text(texts[name], encoding="utf-8")
         _put(parts)
     except (OSError, SafetensorError) as error:
-        for name in (MODEL, CONFIG, CARD, MANIFEST):
-            _forget(folder / f".{name}{PARTIAL}")
+        with suppress(OSError):
+            _settle(folder)
         raise UserError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
 
 
 def load(path: str | Path, network: nn.Module | None = None, trust: bool = False) -> FusedNetwork:
     """Read what :func:`save` wrote; see :meth:`FusedNetwork.from_pretrained`."""
     folder = local_folder(str(path))
-    config = _read_config(folder)
+    config, weights = _read(folder)
     if network is None and config.network.kind == "module":
         raise UserError(
             f"{folder}: {config.network.name} cannot be built from its name ({config.network.reason}); "
             "give network=, a fresh one as it was before fuse()"
         )
     try:
-        tensors = load_file(folder / MODEL)
+        tensors = load_file(weights)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / MODEL}: not readable ({str(error).splitlines()[0][:120]})") from None
+        raise UserError(f"{weights}: not readable ({str(error).splitlines()[0][:120]})") from None
     try:
         return _filled(_fused(config, network or _network(config.network), trust), config, tensors)
     except UserError as error:
@@ -136,8 +156,8 @@ def _fused(config: SavedConfig, network: nn.Module, trust: bool) -> FusedNetwork
     """The network fused as it was, with weights of its own."""
     make = cast("FuserFactory", partial(maker(config.fuser, "fuser", FUSER_GIVEN, trust), seed=config.seed))
     some = next(network.parameters())
-    example = torch.zeros(config.example, dtype=some.dtype, device=some.device)
     try:
+        example = torch.zeros(config.example, dtype=some.dtype, device=some.device)
         model = FusedNetwork(
             network, config.modalities, make, example, config.score_nets, config.blocks, config.alignment
         )
@@ -164,14 +184,14 @@ def _config(model: FusedNetwork, tensors: Mapping[str, Tensor], shared: dict[str
     """How to build this model again; tried out, so that what is written can be read.
 
     Raises:
-        UserError: where the fuser has no name.
+        UserError: where the fuser has no name, or the weights are of several dtypes.
     """
+    dtype = _dtype(model)
     if model.recipe["fuser"] is None:
         raise UserError(
             f"the fuser ({type(model.fusers[0]).__name__}) was made by a function that has no name to write down; "
             "give fuse() a word, a component, or a class that can be imported"
         )
-    dtypes = {p.dtype for p in model.parameters()}
     names, channels = list(model.modalities), model.channels
     config = SavedConfig(
         library_name="tokenfusion",
@@ -180,7 +200,7 @@ def _config(model: FusedNetwork, tensors: Mapping[str, Tensor], shared: dict[str
         network=_network_spec(model),
         modalities=names if channels is None else dict(zip(names, channels, strict=True)),
         example=list(model.example_size),
-        dtype=cast("Any", str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32"),
+        dtype=cast("Any", dtype),
         shared=shared,
         **{**model.recipe, "fuser": _resolved(model.recipe["fuser"])},
     )
@@ -191,6 +211,20 @@ def _config(model: FusedNetwork, tensors: Mapping[str, Tensor], shared: dict[str
     if config.network.kind == "module":
         warnings.warn(f"loading will need network=: {config.network.reason}", stacklevel=4)
     return config
+
+
+def _dtype(model: FusedNetwork) -> str:
+    """The one dtype of the weights.
+
+    Raises:
+        UserError: where there are several, or one that a network does not run in.
+    """
+    found = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    if len(found) == 1 and found[0] in DTYPES:
+        return found[0]
+    raise UserError(
+        f"the weights are of {', '.join(found)}; wanted one of {', '.join(DTYPES)} for all: model.to(dtype)"
+    )
 
 
 def _network_spec(model: FusedNetwork) -> NetworkSpec:
@@ -217,18 +251,51 @@ def _timm_spec(network: nn.Module, example: torch.Size) -> NetworkSpec | None:
 
 def _timm_facts(network: Any, example: torch.Size) -> dict[str, Any]:
     pool, size = getattr(network, "global_pool", None), getattr(getattr(network, "patch_embed", None), "img_size", None)
-    rates = [getattr(m, "drop_prob", 0) for m in network.modules() if type(m).__name__ == "DropPath"]
+    makers = [kind.__init__ for kind in type(network).__mro__ if issubclass(kind, nn.Module)]  # they hand arguments on
+    takes = {name for make in makers for name in inspect.signature(make).parameters}
+    paths = [getattr(m, "drop_prob", 0) for m in network.modules() if type(m).__name__ == "DropPath"]
     facts = {
         "num_classes": getattr(network, "num_classes", None),
         "in_chans": example[1],
         "global_pool": pool if isinstance(pool, str) else None,
         "img_size": None if size is None else list(size),
         "dynamic_img_size": getattr(network, "dynamic_img_size", None),
-        "drop_rate": getattr(network, "drop_rate", None),
-        "drop_path_rate": round(float(max(rates, default=0)), 6),
+        **{key: _rate(network, key) if key in takes else None for key in DROPOUTS},
+        "drop_path_rate": round(float(max(paths, default=0)), 6),
     }
     assert tuple(facts) == TIMM_ARGUMENTS
     return facts
+
+
+def _rate(network: nn.Module, argument: str) -> float | None:
+    """The highest probability among the modules that an argument of timm reaches; None where there are none."""
+    reached = [module for name, module in network.named_modules() if DROPOUTS[argument].search(name)]
+    if not reached:
+        return getattr(network, argument, None)
+    return round(max((float(rate) for module in reached for rate in _rates(module).values()), default=0.0), 6)
+
+
+def _rates(module: nn.Module) -> dict[str, float]:
+    """With which probabilities a module itself drops, by the names that it has for them; those of 0 are left out."""
+    drops = "drop" in type(module).__name__.lower()
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if ("drop" in key or (drops and key in ("p", "prob"))) and isinstance(value, float | int) and float(value)
+    }
+
+
+def _undropped(model: nn.Module, again: nn.Module) -> str | None:
+    """The first module that drops with another probability than its copy."""
+    ours, copied = (
+        {f"{name}.{key}": rate for name, m in x.named_modules() for key, rate in _rates(m).items()}
+        for x in (model, again)
+    )
+    for name in sorted(ours.keys() | copied.keys()):
+        one, other = ours.get(name, 0.0), copied.get(name, 0.0)
+        if not math.isclose(one, other, abs_tol=1e-5):
+            return f"{name} is {one:g} here and {other:g} in a network built anew"
+    return None
 
 
 def _hf_spec(network: Any, example: torch.Size) -> NetworkSpec | None:
@@ -279,25 +346,32 @@ def _hf_network(spec: NetworkSpec) -> nn.Module:
 def _unlike(model: FusedNetwork, config: SavedConfig, tensors: Mapping[str, Tensor]) -> str | None:
     """Why a model built again from ``config`` is not this one; None where both answer alike."""
     some = next(model.parameters())
-    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with _drawing_nothing(), evaluating(model), torch.no_grad():
             again = _filled(_fused(config, _network(config.network), True), config, tensors).to(some.device)
-            torch.manual_seed(0)
+            difference = _undropped(model, again)
+            if difference is not None:
+                return difference
+            generator = torch.Generator().manual_seed(0)
             sizes = model.channels or [config.example[1]] * len(model.modalities)
             inputs = {
-                name: torch.randn(1, n, *config.example[2:]).to(some)
+                name: torch.randn(1, n, *config.example[2:], generator=generator).to(some)
                 for name, n in zip(model.modalities, sizes, strict=True)
             }
             tolerance = 1e-3 if config.dtype in ("float32", "float64") else 5e-2
-            ours, copied = (m.eval()(inputs).ensemble for m in (model, again))
+            ours, copied = (m(inputs).ensemble for m in (model, again))
             alike = torch.allclose(ours, copied, rtol=tolerance, atol=tolerance, equal_nan=True)
     except Exception as error:  # whatever foreign libraries raise
         return _first_line(error)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return None if alike else f"{config.network.name}, built anew, answers differently: arguments unknown to its name"
+
+
+@contextmanager
+def _drawing_nothing() -> Iterator[None]:
+    """The global generators, those of devices in use too, stand afterwards where they stood."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
 
 
 def _resolved(fuser: Mapping[str, Any]) -> dict[str, Any]:
@@ -384,22 +458,16 @@ def _base(model: FusedNetwork, network: NetworkSpec) -> str:
 # Files
 
 
-def _read_config(folder: Path) -> SavedConfig:
-    """Every file against its checksum, then the configuration.
+def _read(folder: Path) -> tuple[SavedConfig, Path]:
+    """Every file against its checksum, then the configuration; and where the weights are.
 
     Raises:
         UserError: names what is missing, changed, or of another version.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; wanted what save_pretrained() wrote")
-    for name, digest in _manifest(folder).items():
-        try:
-            same = _sha256(folder / name) == digest
-        except OSError as error:
-            raise UserError(f"{folder / name}: cannot be read ({error.strerror})") from None
-        if not same:
-            raise UserError(f"{folder / name}: damaged (SHA-256 differs from {MANIFEST}); fetch or write it again")
-    file = folder / CONFIG
+    files = {name: _file(folder, name, digest) for name, digest in _manifest(folder).items()}
+    file = files[CONFIG]
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         found = content.get("format")
@@ -408,9 +476,31 @@ def _read_config(folder: Path) -> SavedConfig:
     if found != FORMAT:
         raise UserError(f"{file}: format is {found!r}, this version reads {FORMAT}; upgrade tokenfusion")
     try:
-        return SavedConfig.model_validate(content)
+        return SavedConfig.model_validate(content), files[MODEL]
     except ValidationError as error:
         raise UserError(f"{file}: {explain(error, SavedConfig)}") from None
+
+
+def _file(folder: Path, name: str, digest: str) -> Path:
+    """The file with that checksum; it has its partial name still where :func:`save` was cut off while renaming.
+
+    Raises:
+        UserError: where there is none.
+    """
+    try:
+        if _sha256(folder / name) == digest:
+            return folder / name
+        problem = f"damaged (SHA-256 differs from {MANIFEST}); fetch or write it again"
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    with suppress(OSError):
+        if _sha256(_part(folder, name)) == digest:
+            return _part(folder, name)
+    raise UserError(f"{folder / name}: {problem}")
+
+
+def _part(folder: Path, name: str) -> Path:
+    return folder / f".{name}{PARTIAL}"
 
 
 def _manifest(folder: Path) -> dict[str, str]:
@@ -431,13 +521,26 @@ def _sha256(path: Path) -> str:
 
 
 def _put(parts: Mapping[str, Path]) -> None:
-    """Bring finished files to the disk, then give them their names, the manifest's last."""
+    """Bring finished files to the disk, then give them their names, the manifest's first: from there on they count."""
     for path in parts.values():
         _flush(path)
-    for name in sorted(parts, key=MANIFEST.__eq__):
+    for name in sorted(parts, key=MANIFEST.__ne__):
         parts[name].replace(parts[name].with_name(name))
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        _flush(next(iter(parts.values())).parent)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            _flush(parts[name].parent)
+
+
+def _settle(folder: Path) -> None:
+    """Finish the renaming that an earlier save was cut off in, and remove what it had not finished writing."""
+    wanted: dict[str, str] = {}
+    with suppress(UserError):
+        wanted = _manifest(folder)
+    for name in (MODEL, CONFIG, CARD, MANIFEST):
+        part = _part(folder, name)
+        if part.is_file() and name in wanted and _sha256(part) == wanted[name]:
+            part.replace(folder / name)
+        else:
+            part.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
@@ -446,11 +549,6 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _forget(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink(missing_ok=True)
 
 
 def _first_line(error: BaseException) -> str:

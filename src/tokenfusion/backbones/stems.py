@@ -45,10 +45,14 @@ class Stems(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, channels: tuple[int, ...]) -> None:
         super().__init__()
-        self.channels = channels
+        self.channels, self.own = channels, conv.in_channels
         self.convs = nn.ModuleDict(
             {str(n): conv if n == conv.in_channels else adapted_stem(conv, n) for n in sorted(set(channels))}
         )
+
+    def adapted(self) -> list[nn.Module]:
+        """Those that were made here: all but the pretrained one."""
+        return [conv for n, conv in self.convs.items() if n != str(self.own)]
 
     @property
     def weight(self) -> Tensor:

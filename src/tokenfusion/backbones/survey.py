@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Iterator
@@ -138,6 +139,18 @@ class _Call:
     maps: list[Grid] = field(default_factory=list)  # rows and columns that convolutions outside blocks gave before
 
 
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """In eval mode for a while; every module's own mode comes back."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def first_tensor(value: Any) -> Tensor | None:
     """The tensor, or the first one of a tuple."""
     if isinstance(value, tuple | list) and value:
@@ -145,15 +158,23 @@ def first_tensor(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def first_name(module: nn.Module, kwargs: dict[str, Any]) -> str | None:
+    """By which name a module that is called by name alone is given its tokens: its first one, else the first one given."""
+    first = next(iter(inspect.signature(module.forward).parameters), "")
+    return first if first in kwargs else next(iter(kwargs), None)
+
+
 def is_norm(module: nn.Module) -> bool:
-    """A layer that norms: its class says so, and its parameters, if any, are one number per channel."""
-    own = list(module.parameters(recurse=False))
-    is_named = (
-        bool(NORM.search(type(module).__name__)) and not list(module.children()) and all(p.dim() <= 1 for p in own)
-    )
-    return is_named and getattr(module, "normalized_shape", None) != (
-        1,
-    )  # one channel, normed, is its bias and no more
+    """A layer that norms: its class says so, and its parameters, if any, are one number per channel.
+
+    It may drop and activate too, in children without parameters (timm's BatchNormAct2d).
+    """
+    if not NORM.search(type(module).__name__):
+        return False
+    if getattr(module, "normalized_shape", None) == (1,):  # one channel, normed, is its bias and no more
+        return False
+    own = {id(p) for p in module.parameters(recurse=False)}
+    return all(id(p) in own and p.dim() <= 1 for p in module.parameters())
 
 
 def _child(module: nn.Module, pattern: re.Pattern[str]) -> list[str]:
@@ -190,8 +211,9 @@ def _watched(
 
     def begin(name: str, into: list[_Call] | None) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = first_tensor(args) if args else first_tensor(next(iter(kwargs.values()), None))
-            more = [*args[1:], *kwargs.values()] if args else list(kwargs.values())[1:]
+            first = None if args else first_name(module, kwargs)
+            x = first_tensor(args) if args else first_tensor(kwargs.get(first or ""))
+            more = [*args[1:], *(value for key, value in kwargs.items() if key != first)]
             call = _Call(name, None if x is None else x.shape, None, _is_nothing(more), _pair(more))
             if into is not None:
                 is_either = x is not None and x.dim() == 4 and x.shape[1] == x.shape[3]
@@ -264,14 +286,8 @@ def survey(network: nn.Module, example: Any, run: Any) -> Survey:
         raise UserError(
             f"{kind} has no transformer blocks (no module with an attention and an MLP); wanted a transformer"
         )
-    was_training = {module: module.training for module in network.modules()}
-    try:
-        network.eval()
-        with torch.no_grad(), _watched(network, blocks, calls, stems):
-            run(example)
-    finally:
-        for module, mode in was_training.items():
-            module.training = mode
+    with evaluating(network), torch.no_grad(), _watched(network, blocks, calls, stems):
+        run(example)
     plans, skipped = _plans(network, blocks, calls, example.shape)
     if not plans:
         name, reason = next(iter(skipped.items()))

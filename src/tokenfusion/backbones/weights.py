@@ -165,7 +165,7 @@ def load_into(network: nn.Module, source: StateDict) -> LoadReport:
     state = network.state_dict()
     origins: dict[str, str] = {}
     for name, target in state.items():
-        origin = name if name in source else re.sub(r"\.\d+\.(weight|bias)$", r".\1", name)
+        origin = name if name in source else re.sub(r"\.\d+\.(\w+)$", r".\1", name)
         if origin in source:
             if source[origin].shape != target.shape:
                 shapes = f"{tuple(source[origin].shape)}, the network {tuple(target.shape)}"

@@ -15,7 +15,7 @@ class Concat(Fuser):
     """Token concatenation: every stream's queries attend to the keys and values of all streams ("alignment-agnostic", Table 2).
 
     Keys and values are reduced and normed per stream first, since MiT's spatial reduction needs a map. A missing stream's
-    keys are masked.
+    keys are masked, unless no stream is present in a sample.
     """
 
     attends_to_all = True
@@ -27,20 +27,28 @@ class Concat(Fuser):
         context = own.transpose(0, 1).flatten(1, 2).repeat(x.shape[0], 1, 1)  # [M*B, M*K, C]
         mask = None
         if ctx.present is not None:
-            mask = ctx.present.t().repeat_interleave(own.shape[2], 1).repeat(x.shape[0], 1)
+            mask = keys_of(ctx.present).t().repeat_interleave(own.shape[2], 1).repeat(x.shape[0], 1)
         attended = block.attention(normed, ctx.grid, context=context, mask=mask)
         return residual(block, x, split(attended, x.shape[0]), ctx.grid), None
 
 
+def keys_of(present: Tensor) -> Tensor:
+    """Whose keys are seen, bool ``[M, B]``: all of a sample without any stream, for a softmax over nothing is NaN."""
+    return present | ~present.any(0)
+
+
 class Average(Fuser):
-    """Aligned features are averaged: every stream receives the mean attention output of the streams that are present."""
+    """Aligned features are averaged: every stream receives the mean attention output of the streams that are present.
+
+    Zeros, where none is present.
+    """
 
     def leave(self, attended: Tensor, scores: Tensor | None, ctx: Context) -> Tensor:
         if ctx.present is None:
             mean = attended.mean(0, keepdim=True)
         else:
             there = ctx.present.to(attended.dtype)
-            mean = (attended * (there / there.sum(0))[:, :, None, None]).sum(0, keepdim=True)
+            mean = (attended * (there / there.sum(0).clamp(min=1))[:, :, None, None]).sum(0, keepdim=True)
         return mean.expand_as(attended)
 
 

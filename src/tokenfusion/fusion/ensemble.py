@@ -15,7 +15,8 @@ class LearnedEnsemble(nn.Module):
     Args:
         modalities: number of streams M.
 
-    Shape: ``[M, B, ...] -> [B, ...]``; ``present`` bool ``[M, B]`` leaves missing streams out and renormalises.
+    Shape: ``[M, B, ...] -> [B, ...]``; ``present`` bool ``[M, B]`` leaves missing streams out and renormalises. A sample of
+    which no stream is present is answered with zeros.
     """
 
     def __init__(self, modalities: int) -> None:
@@ -24,7 +25,9 @@ class LearnedEnsemble(nn.Module):
 
     def forward(self, predictions: Tensor, present: Tensor | None = None) -> Tensor:
         weight = self.alpha.view(-1, 1).expand(predictions.shape[:2])
-        if present is not None:
-            weight = weight.masked_fill(~present, float("-inf"))
-        weight = weight.softmax(0).reshape(predictions.shape[:2] + (1,) * (predictions.dim() - 2))
+        if present is None:
+            weight = weight.softmax(0)
+        else:
+            weight = weight.masked_fill(~present, torch.finfo(weight.dtype).min).softmax(0) * present
+        weight = weight.reshape(predictions.shape[:2] + (1,) * (predictions.dim() - 2))
         return (weight * predictions.detach()).sum(0)

@@ -29,9 +29,13 @@ class DataSettings(Section):
 
 def _named(value: Any) -> Any:
     """``timm/vit_small_patch14_dinov2`` is short for the component that makes it."""
-    kind, _, name = value.partition("/") if isinstance(value, str) else ("", "", "")
+    if not isinstance(value, str):
+        return value
+    kind, _, name = value.partition("/")
     made = {"timm": "timm_network", "hf": "hf_network"}
-    return {TARGET: f"tokenfusion.backbones.foreign.{made[kind]}", "name": name} if kind in made and name else value
+    if kind not in made or not name:
+        raise ValueError("wanted a component, timm/NAME or hf/NAME")
+    return {TARGET: f"tokenfusion.backbones.foreign.{made[kind]}", "name": name}
 
 
 class ModelSettings(Section):

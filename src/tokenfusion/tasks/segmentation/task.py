@@ -80,6 +80,8 @@ class SegmentationTask(Task):
         super().__init__()
         self.model = model
         self.recipe = recipe
+        if isinstance(model.backbone, DenseBackbone):
+            model.backbone.rest()
         model.ensemble.alpha.requires_grad_(recipe.parameters.train_ensemble)
 
     def train(self, mode: bool = True) -> SegmentationTask:
