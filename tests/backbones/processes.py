@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import tokenfusion
-from tokenfusion.backbones.hub import FusedBlock
+from tokenfusion.backbones.held import FusedBlock
 
 STEPS, BATCH = 3, 4
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenfusion.backbones.dense import DenseBackbone
 from tokenfusion.backbones.foreign import call, resampled_table, timm_network
-from tokenfusion.backbones.hub import FusedBlock
+from tokenfusion.backbones.held import FusedBlock
 from tokenfusion.errors import UserError
 from tokenfusion.fusion import Average, NoFusion, TokenFusion
 

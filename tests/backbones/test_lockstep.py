@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import tokenfusion
 from tokenfusion.backbones.foreign import answer_of, call
-from tokenfusion.backbones.hub import FusedBlock
+from tokenfusion.backbones.held import FusedBlock
 from tokenfusion.backbones.lockstep import FusedStreams
 from tokenfusion.fusion import TokenFusion, exchange_rates, partners
 from tokenfusion.fusion.crossing import TokenExchange

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from tokenfusion.backbones.foreign import Position, answer_of, call, position_of
-from tokenfusion.backbones.hub import Door, FusedBlock, Step, grid_at, hold_blocks
+from tokenfusion.backbones.held import Door, FusedBlock, Step, grid_at, hold_blocks
 from tokenfusion.backbones.survey import evaluating, first_tensor, survey
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.fusers import Context, Entry, Grid, NoFusion
@@ -85,7 +85,7 @@ class Column:
 
     Args:
         name: of its stream.
-        network: its blocks are held in place by :class:`~tokenfusion.backbones.hub.FusedBlock`.
+        network: its blocks are held in place by :class:`~tokenfusion.backbones.held.FusedBlock`.
         example: an input ``[B, ...]``.
         alignment: its own position embedding is re-added before every step but the first.
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +14,14 @@ from torch.utils import checkpoint
 from torch.utils._pytree import tree_map
 
 from tokenfusion.backbones.foreign import answer_of, call, example_of, position_of, weight_of
+from tokenfusion.backbones.held import Door, FusedBlock, check_unfused, grid_at, hold_blocks, misfit
 from tokenfusion.backbones.stems import Stems, adapt_stem
 from tokenfusion.backbones.survey import BlockPlan, Survey, first_tensor, is_norm, survey
 from tokenfusion.components import component_of
 from tokenfusion.errors import UserError
-from tokenfusion.fusion.baselines import keys_of
 from tokenfusion.fusion.ensemble import LearnedEnsemble
 from tokenfusion.fusion.exchange import ExchangeRates
-from tokenfusion.fusion.fusers import Context, Entry, Fuser, Grid, NoFusion
+from tokenfusion.fusion.fusers import Context, Fuser, Grid, NoFusion
 from tokenfusion.fusion.modality import PerModality, make_private, merge, split
 from tokenfusion.fusion.scores import Reduction, sparsity_loss
 
@@ -45,153 +43,6 @@ class FusedOutput(NamedTuple):
     scores: list[Tensor]  # per fused block [M, B, N]; empty where the fuser does not score
     present: Tensor | None  # bool [M, B], None where every modality is there
     donors: list[Tensor] | None = None
-
-
-class Runner(Protocol):
-    """A forward pass that has the say over its blocks."""
-
-    def block(self, place: FusedBlock, x: Tensor, args: Any, kwargs: Any) -> Any: ...
-
-
-class Step(NamedTuple):
-    """A block that is running."""
-
-    fuser: Fuser
-    entry: Entry
-    ctx: Context
-
-
-class Door(threading.local):
-    """What the blocks of one network share while it runs: empty between two forward passes, and every thread's own."""
-
-    def __init__(self) -> None:
-        self.run: Runner | None = None
-        self.step: Step | None = None
-
-    def __reduce__(self) -> tuple[type[Door], tuple[()]]:
-        return Door, ()
-
-
-class FusedBlock(nn.Module):
-    """A foreign block in its place; outside of a fused forward pass it runs as if it stood there alone.
-
-    Its own forward pass does the work. The fuser decides on its input, on what its norm gives (the paper's rule) and on its
-    attention's residual branch, through hooks on the block's children.
-    """
-
-    def __init__(self, block: nn.Module, plan: BlockPlan, index: int, modalities: int, door: Door) -> None:
-        super().__init__()
-        self.block, self.plan, self.index, self.modalities, self.door = block, plan, index, modalities, door
-        first = next(iter(inspect.signature(block.forward).parameters.values()), None)
-        self.named = None if first is None else first.name  # what the block calls its tokens
-        self.keyword = self.named if first is not None and first.kind is first.KEYWORD_ONLY else None
-        attention = block.get_submodule(plan.parts.attention)
-        attention.register_forward_pre_hook(self._unite, with_kwargs=True)
-        attention.register_forward_hook(self._divide)
-        if plan.parts.branch is None:
-            attention.register_forward_hook(self._behind_attention)
-        else:
-            block.get_submodule(plan.parts.branch).register_forward_pre_hook(self._at_branch)
-        if plan.parts.norm is not None:
-            block.get_submodule(plan.parts.norm).register_forward_hook(self._behind_norm)
-
-    def __getattr__(self, name: str) -> Any:
-        """What the network asks its block for, which is one level deeper now."""
-        modules = self.__dict__.get("_modules", {})
-        if name in modules:
-            return modules[name]
-        if "block" not in modules:
-            raise AttributeError(name)
-        return getattr(modules["block"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        run = self.door.run
-        if run is None:
-            return self.block(*args, **kwargs)
-        if args:
-            return run.block(self, args[0], args[1:], kwargs)
-        name = self.named if self.named in kwargs else next(iter(kwargs))
-        return run.block(self, kwargs[name], (), {key: value for key, value in kwargs.items() if key != name})
-
-    def run(self, x: Tensor, fuser: Fuser, ctx: Context, args: Any, kwargs: Any) -> tuple[Any, Tensor | None]:
-        """The block on all streams ``x`` ``[M*B, ...]``: its output, and the scores ``[M, B, N]``."""
-        entry = fuser.enter(split(self.plan.layout.tokens(x), self.modalities), ctx)
-        return self.under(Step(fuser, entry, ctx), x, args, kwargs), entry.scores
-
-    def under(self, step: Step, x: Tensor, args: Any, kwargs: Any) -> Any:
-        """The block on the tokens that were decided on, in the shape of its own input ``x``: its output."""
-        self.door.step = step
-        try:
-            x = self.plan.layout.back(merge(step.entry.x), x)
-            return self.block(x, *args, **kwargs) if self.keyword is None else self.block(**{self.keyword: x}, **kwargs)
-        finally:
-            self.door.step = None
-
-    def _at_branch(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        step = self.door.step
-        if step is None:
-            return None
-        self.door.step = None  # a drop path that serves the MLP too is called once more
-        return (self._leave(step, args[0]), *args[1:])
-
-    def _behind_attention(self, module: nn.Module, args: Any, output: Any) -> Any:
-        step = self.door.step
-        if step is None:
-            return None
-        self.door.step = None
-        if isinstance(output, tuple):
-            return (self._leave(step, output[0]), *output[1:])
-        return self._leave(step, output)
-
-    def _leave(self, step: Step, x: Tensor) -> Tensor:
-        layout = self.plan.branch_layout
-        left = step.fuser.leave(split(layout.tokens(x), self.modalities), step.entry.scores, step.ctx)
-        return layout.back(merge(left), x)
-
-    def _behind_norm(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        step = self.door.step
-        if step is None or step.entry.weight is None or self.plan.norm_layout is None:
-            return None
-        weighed = self.plan.norm_layout.tokens(output) * merge(step.entry.weight).unsqueeze(-1)
-        return self.plan.norm_layout.back(weighed, output)
-
-    def _unite(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Attention over the union of the streams: every sample's tokens of all streams in one row."""
-        step = self.door.step
-        if step is None or not step.fuser.attends_to_all:
-            return None
-        name = None if args else next(iter(kwargs))  # some attentions are given their tokens by name
-        x = split(kwargs[name] if name else args[0], self.modalities)  # [M, B, N, C]
-        if step.ctx.present is not None:
-            there = keys_of(step.ctx.present).t().repeat_interleave(x.shape[2], 1)[:, None, None]
-            mask = torch.zeros_like(there, dtype=x.dtype).masked_fill(~there, float("-inf"))
-            kwargs = {**kwargs, _mask_argument(module): mask}
-            args = args[:1]
-        united = x.transpose(0, 1).flatten(1, 2)
-        return ((), {**kwargs, name: united}) if name else ((united, *args[1:]), kwargs)
-
-    def _divide(self, module: nn.Module, args: Any, output: Any) -> Any:
-        step = self.door.step
-        if step is None or not step.fuser.attends_to_all:
-            return None
-        x = cast("Tensor", first_tensor(output))
-        divided = merge(x.unflatten(1, (self.modalities, -1)).transpose(0, 1))
-        return (divided, *output[1:]) if isinstance(output, tuple) else divided
-
-
-def _mask_argument(attention: nn.Module) -> str:
-    """What an attention calls the mask of its keys.
-
-    Raises:
-        UserError: where it takes none.
-    """
-    names = inspect.signature(attention.forward).parameters
-    for name in ("attn_mask", "attention_mask"):
-        if name in names:
-            return name
-    raise UserError(
-        f"{type(attention).__name__} takes no mask, so a missing modality cannot be left out of a union of keys"
-    )
 
 
 class _Run:
@@ -295,7 +146,7 @@ class FusedNetwork(FusedModel):
     """One network for M aligned modalities: shared weights, private norms, a fuser in every block.
 
     The network given is the network used: its norms become private copies (they start equal), each of its blocks is held in
-    place by a :class:`FusedBlock`, and its own forward pass runs on the stacked streams.
+    place by a :class:`~tokenfusion.backbones.held.FusedBlock`, and its own forward pass runs on the stacked streams.
 
     Args:
         network: of timm, of Hugging Face, or any module whose blocks have an attention and an MLP.
@@ -559,37 +410,6 @@ def _made(make: FuserFactory, plan: BlockPlan, modalities: int) -> Fuser:
     return made
 
 
-def check_unfused(network: nn.Module) -> None:
-    """Raise a ValueError where a network is part of a fused one already."""
-    if any(isinstance(module, PerModality | FusedBlock) for module in network.modules()):
-        raise ValueError("this network is fused already: a network is fused once; copy.deepcopy it before")
-
-
-def hold_blocks(network: nn.Module, plans: Sequence[BlockPlan], modalities: int, door: Door) -> list[FusedBlock]:
-    """Put every planned block of a network, in its place, into the hands of a :class:`FusedBlock`."""
-    places = []
-    for index, plan in enumerate(plans):
-        parent, _, name = plan.name.rpartition(".")
-        place = FusedBlock(network.get_submodule(plan.name), plan, index, modalities, door)
-        setattr(network.get_submodule(parent), name, place)
-        places.append(place)
-    return places
-
-
-def grid_at(plan: BlockPlan, x: Tensor, size: torch.Size, example_size: torch.Size) -> Grid:
-    """Rows and columns of a block's map, from its input and the sizes of the network's input now and when it was surveyed."""
-    if plan.grid is None:
-        return 1, x[0].numel() // plan.dim - plan.prefix
-    told = plan.layout.grid(x.shape)
-    if told is not None:
-        return told
-    tokens = x.shape[1] - plan.prefix
-    if size[1:] == example_size[1:]:
-        return plan.grid
-    rows = round(plan.grid[0] * size[-2] / example_size[-2])
-    return (rows, tokens // rows) if rows and tokens % rows == 0 else (1, tokens)
-
-
 def _chosen(blocks: Sequence[int] | None, count: int) -> list[int]:
     """Numbers of the blocks that fuse, in order; negative ones count from the last."""
     is_many = blocks is None or (isinstance(blocks, Iterable) and not isinstance(blocks, str | Mapping))
@@ -606,29 +426,3 @@ def _check_fits(fuser: Fuser, plan: BlockPlan, block: nn.Module) -> None:
     reason = misfit(fuser, plan, block)
     if reason is not None:
         raise UserError(f"{type(fuser).__name__} does not fit block {plan.name} ({type(block).__name__}): it {reason}")
-
-
-def misfit(fuser: Fuser, plan: BlockPlan, block: nn.Module) -> str | None:
-    """What a block lacks for a fuser; None where they fit."""
-    if fuser.weighs_input and plan.parts.norm is None:
-        return "has no norm before its attention, where the paper's rule weighs the tokens"
-    return _not_united(plan, block) if fuser.attends_to_all else None
-
-
-def _not_united(plan: BlockPlan, block: nn.Module) -> str | None:
-    """Why an attention cannot attend over a union of streams: it must treat its tokens as a set."""
-    if not plan.parts.is_global:
-        return "attends inside windows, to a pooled map, or with positions given to it, which a union of streams does not have"
-    attention = block.get_submodule(plan.parts.attention)
-    if any(is_norm(module) for module in attention.modules()):
-        return "norms queries and keys privately inside its attention"
-    some = next(attention.parameters())
-    x = torch.randn(1, 6, plan.dim, generator=torch.Generator().manual_seed(0)).to(some.device)
-    try:
-        attention = copy.deepcopy(attention).float().eval()  # a copy, as half precision would not tell
-        with torch.no_grad():
-            y, turned = (first_tensor(attention(z)) for z in (x, x.flip(1)))
-    except Exception as error:  # whatever a foreign module raises
-        return f"attends to a fixed number of tokens only ({str(error).splitlines()[0][:80]})"
-    close = y is not None and turned is not None and torch.allclose(y.flip(1), turned, rtol=1e-3, atol=1e-4)
-    return None if close else "tells its attention where a token stands"

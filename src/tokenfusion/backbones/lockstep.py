@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from tokenfusion.backbones.column import Column, Stream
 from tokenfusion.backbones.foreign import answer_of, example_of, weight_of
-from tokenfusion.backbones.hub import FusedModel, FusedOutput, check_unfused
+from tokenfusion.backbones.held import check_unfused
+from tokenfusion.backbones.hub import FusedModel, FusedOutput
 from tokenfusion.backbones.survey import is_norm
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.allocation import partners, present_partners
