@@ -549,19 +549,19 @@ def test_batch_norms_count_every_pass_once() -> None:
     ],
 )
 def test_what_separate_networks_do_not_take_is_named(arguments: dict, message: str) -> None:
-    with pytest.raises(tokenfusion.tokenfusion.UserError, match=message):
+    with pytest.raises(tokenfusion.UserError, match=message):
         tokenfusion.fuse({"rgb": vit(), "depth": vit(48)}, **arguments)
 
 
 def test_what_a_shared_network_does_not_take_is_named() -> None:
     with pytest.raises(
-        tokenfusion.tokenfusion.UserError, match="fuse\\(\\) of one shared network takes no 'projection'"
+        tokenfusion.UserError, match="fuse\\(\\) of one shared network takes no 'projection'"
     ):
         tokenfusion.fuse(vit(), ["rgb", "depth"], projection={})
-    with pytest.raises(tokenfusion.tokenfusion.UserError, match="wanted the names of the streams"):
+    with pytest.raises(tokenfusion.UserError, match="wanted the names of the streams"):
         tokenfusion.fuse(vit())
     network = vit()
-    with pytest.raises(tokenfusion.tokenfusion.UserError, match="one network for several modalities is shared"):
+    with pytest.raises(tokenfusion.UserError, match="one network for several modalities is shared"):
         tokenfusion.fuse({"rgb": network, "depth": network})
 
 
@@ -570,7 +570,7 @@ def test_norms_behind_attention_take_no_weights() -> None:
         "vit_tiny_patch16_224", depth=2, img_size=48, embed_dim=32, num_heads=2, block_fn=_PostNorm
     )
     with pytest.raises(
-        tokenfusion.tokenfusion.UserError, match=r"rgb: block blocks\.0 \(_PostNorm\) has no norm before its attention"
+        tokenfusion.UserError, match=r"rgb: block blocks\.0 \(_PostNorm\) has no norm before its attention"
     ):
         tokenfusion.fuse({"rgb": network, "depth": vit()})
 
