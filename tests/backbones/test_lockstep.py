@@ -554,9 +554,7 @@ def test_what_separate_networks_do_not_take_is_named(arguments: dict, message: s
 
 
 def test_what_a_shared_network_does_not_take_is_named() -> None:
-    with pytest.raises(
-        tokenfusion.UserError, match="fuse\\(\\) of one shared network takes no 'projection'"
-    ):
+    with pytest.raises(tokenfusion.UserError, match="fuse\\(\\) of one shared network takes no 'projection'"):
         tokenfusion.fuse(vit(), ["rgb", "depth"], projection={})
     with pytest.raises(tokenfusion.UserError, match="wanted the names of the streams"):
         tokenfusion.fuse(vit())
