@@ -18,7 +18,7 @@ from tokenfusion.backbones import saved
 from tokenfusion.backbones.hub import FusedNetwork, FuserFactory
 from tokenfusion.backbones.lockstep import ExchangeFactory, FusedStreams, Index, Pair
 from tokenfusion.backbones.weights import local_folder
-from tokenfusion.components import EXCHANGES, FUSER_GIVEN, FUSERS, TARGET, explain, maker, read_yaml, write_text
+from tokenfusion.components import EXCHANGES, FUSER_GIVEN, FUSERS, explain, maker, read_yaml, write_text
 from tokenfusion.data.folder import DatasetSpec
 from tokenfusion.errors import UserError, nearest
 from tokenfusion.tasks.runs import device_of, judged_folder, load_run, save_weights
@@ -198,12 +198,7 @@ def fuse(
     if modalities is None:
         raise UserError('fuse(network, modalities): wanted the names of the streams, such as ["rgb", "depth"]')
     _known(options, FusedNetwork)
-    if fuser is None:
-        fuser = {TARGET: "tokenfusion.fusion.TokenFusion", "init_bias": 3.0}
-    if isinstance(fuser, str):
-        if fuser not in FUSERS:
-            raise UserError(f"fuser is {fuser!r}; {nearest(fuser, FUSERS)}")
-        fuser = FUSERS[fuser]
+    fuser = _component(fuser, FUSERS, "one shared network takes")
     make = fuser
     if isinstance(fuser, Mapping):
         make = partial(maker(fuser, "fuser", FUSER_GIVEN, trust), seed=seed)
@@ -227,17 +222,21 @@ def _takes_seed(make: Any) -> bool:
         return False
 
 
+def _component(fuser: Any, words: Mapping[str, dict[str, Any]], they_take: str) -> Any:
+    """The component of a word, TokenFusion with scores that start at 0.95 for None; others as they are."""
+    if fuser is None:
+        return {**words["tokenfusion"], "init_bias": 3.0}
+    if isinstance(fuser, str) and fuser not in words:
+        raise UserError(f"fuser is {fuser!r}; {they_take} {', '.join(words)}")
+    return words[fuser] if isinstance(fuser, str) else fuser
+
+
 def _fuse_streams(
     networks: Mapping[str, nn.Module], fuser: Any, seed: int, trust: bool, options: Mapping[str, Any]
 ) -> FusedStreams:
     """Separate networks with an exchange by word, by component, or by what makes one."""
     _known(options, FusedStreams)
-    if fuser is None:
-        fuser = {**EXCHANGES["tokenfusion"], "init_bias": 3.0}
-    if isinstance(fuser, str):
-        if fuser not in EXCHANGES:
-            raise UserError(f"fuser is {fuser!r}; separate networks take {', '.join(EXCHANGES)}")
-        fuser = EXCHANGES[fuser]
+    fuser = _component(fuser, EXCHANGES, "separate networks take")
     make = maker(fuser, "fuser", ("dim", "seed"), trust) if isinstance(fuser, Mapping) else fuser
     return FusedStreams(networks, make, seed=seed, **options)
 

@@ -140,7 +140,7 @@ class Column:
         self.more = [len(o) - 1 if isinstance(o, tuple | list) else None for o in trial.outputs]
         stream = Stream(self, network, x, None)
         self.tokens = stream.size[1]
-        self.grid: Grid | None = self.plan.layout.grid(stream.x.shape) or self.plan.grid
+        self.grid: Grid | None = None if self.plan.grid is None else stream.grid
         stream.advance(range(self.depth), None)
         got = answer_of(stream.replay()[1])
         same = got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-3, atol=1e-4, equal_nan=True)
@@ -151,11 +151,11 @@ class Column:
         return expected.shape[1:]
 
     def _run(self, network: nn.Module, x: Tensor, runner: Any) -> tuple[Any, Any]:
-        self.door.run = runner
+        before, self.door.run = self.door.run, runner
         try:
             return call(network, x)
         finally:
-            self.door.run = None
+            self.door.run = before
 
     def rehearse(self, network: nn.Module, x: Tensor) -> tuple[Tensor, list[Cue]]:
         """The first block's input, and every block's further arguments."""

@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 from tokenfusion.backbones.foreign import call, position_parameter, resampled_table
 from tokenfusion.backbones.fused import FusedBackbone, FusedFeatures
+from tokenfusion.backbones.held import grid_of_tokens
 from tokenfusion.backbones.hub import FusedNetwork, FuserFactory
 from tokenfusion.backbones.keys import from_hf_dinov2
-from tokenfusion.backbones.survey import BlockPlan, evaluating
+from tokenfusion.backbones.plan import BlockPlan
+from tokenfusion.backbones.survey import evaluating
 from tokenfusion.backbones.weights import StateDict, fetch, load_into
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.fusers import Grid
@@ -126,11 +128,10 @@ class DenseBackbone(FusedNetwork):
     def score_maps(self, scores: Sequence[Tensor], size: Sequence[int]) -> dict[str, Tensor]:
         """Scores per fused block ``[M, B, N]`` as maps ``{block name: [M, B, h, w]}``; ``size``: rows, columns of the image."""
         maps = {}
-        rows, columns = self._size(size)
         for name, index, score in zip(self.block_names(), self.fused_blocks(), scores, strict=True):
-            at = self.survey.blocks[index].grid or (1, score.shape[-1])
-            own = (round(at[0] * rows / self.example_size[-2]), round(at[1] * columns / self.example_size[-1]))
-            maps[name] = score.unflatten(-1, own)
+            plan = self.survey.blocks[index]
+            grid = grid_of_tokens(plan, score.shape[-1], self._size(size), self.example_size)
+            maps[name] = score.unflatten(-1, grid)
         return maps
 
     def load(self, source: str) -> str:

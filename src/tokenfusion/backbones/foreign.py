@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenfusion.backbones.survey import BlockPlan
+from tokenfusion.backbones.plan import BlockPlan
 from tokenfusion.errors import UserError, nearest, require
 from tokenfusion.fusion.fusers import Grid
 

@@ -16,7 +16,7 @@ from tokenfusion.errors import UserError
 from tokenfusion.fusion.alignment import LearnedPosition
 from tokenfusion.fusion.exchange import ExchangeRates
 from tokenfusion.fusion.fusers import Context, Fuser, NoFusion
-from tokenfusion.fusion.modality import make_private, merge, split
+from tokenfusion.fusion.modality import check_names, make_private, merge, presence, silenced, split
 
 FuserFactory = Callable[[int, int, int], Fuser]  # (dim, modalities, stage)
 
@@ -145,43 +145,27 @@ class FusedBackbone(nn.Module):
                 f"an image of {size} pixels is too small: at least {self.smallest}x{self.smallest} is wanted"
             )
 
-    def stack(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """``{name: [B, C, H, W]} -> [M, B, C, H, W]`` and, where a name is missing, present ``[M, B]``."""
-        unknown = [name for name in inputs if name not in self.modalities]
-        if unknown or not inputs:
-            raise ValueError(f"inputs must be some of {', '.join(self.modalities)}; got {', '.join(inputs) or 'none'}")
+    def stack(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """``{name: [B, C, H, W]} -> [M, B, C, H, W]``, zeros where a name is missing."""
+        check_names(self.modalities, inputs)
         some = next(iter(inputs.values()))
         if any(x.shape != some.shape for x in inputs.values()):
             shapes = {name: tuple(x.shape) for name, x in inputs.items()}
             raise ValueError(f"aligned modalities must have one shape; got {shapes}")
         self.check_size(some.shape)
-        x = torch.stack([inputs.get(name, torch.zeros_like(some)) for name in self.modalities])
-        if len(inputs) == len(self.modalities):
-            return x, None
-        there = torch.tensor([name in inputs for name in self.modalities], device=some.device)
-        return x, there.unsqueeze(1).expand(-1, some.shape[0])
+        return torch.stack([inputs.get(name, torch.zeros_like(some)) for name in self.modalities])
 
     def forward(self, inputs: Mapping[str, Tensor], present: Tensor | None = None) -> FusedFeatures:
-        images, there = self.stack(inputs)
-        if present is not None and (present.shape != images.shape[:2] or present.dtype != torch.bool):
-            wanted = f"bool [{images.shape[0]}, {images.shape[1]}]"
-            raise ValueError(
-                f"present must be {wanted} (modalities, samples); got {present.dtype} {list(present.shape)}"
-            )
-        if present is not None and there is not None:
-            present = present & there
-        elif present is None:
-            present = there
-        if present is not None:  # whatever a broken sensor sent, NaN too, goes no further, and neither do its gradients
-            images = torch.where(present[:, :, None, None, None], images, 0)
-        x = merge(images)
+        images = self.stack(inputs)
+        present = presence(self.modalities, inputs, present, images.shape[1], images.device)
+        x = merge(silenced(images, present))
         merged: list[Tensor] = []
         scores: list[Tensor] = []
         for index, stage in enumerate(self.backbone.parts()):
             tokens, grid = stage.enter(x, merged)
             tokens = split(tokens, len(self.modalities))
-            if index == 0 and present is not None:
-                tokens = torch.where(present[:, :, None, None], tokens, 0)
+            if index == 0:
+                tokens = silenced(tokens, present)
             tokens = self._blocks(index, tokens, grid, present, scores)
             x = to_map(stage.norm(merge(tokens)), grid)
             merged.append(x)

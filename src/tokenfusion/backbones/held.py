@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from tokenfusion.backbones.survey import BlockPlan, first_tensor, is_norm
+from tokenfusion.backbones.plan import BlockPlan
+from tokenfusion.backbones.survey import first_tensor, is_norm
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.baselines import keys_of
 from tokenfusion.fusion.fusers import Context, Entry, Fuser, Grid
@@ -187,10 +188,14 @@ def grid_at(plan: BlockPlan, x: Tensor, size: torch.Size, example_size: torch.Si
     if plan.grid is None:
         return 1, x[0].numel() // plan.dim - plan.prefix
     told = plan.layout.grid(x.shape)
-    if told is not None:
-        return told
-    tokens = x.shape[1] - plan.prefix
-    if size[1:] == example_size[1:]:
+    return told if told is not None else grid_of_tokens(plan, x.shape[1] - plan.prefix, size, example_size)
+
+
+def grid_of_tokens(plan: BlockPlan, tokens: int, size: Sequence[int], example_size: Sequence[int]) -> Grid:
+    """Rows and columns of a map of so many tokens, in the proportions that it had when it was surveyed."""
+    if plan.grid is None:
+        return 1, tokens
+    if tuple(size[-2:]) == tuple(example_size[-2:]):
         return plan.grid
     rows = round(plan.grid[0] * size[-2] / example_size[-2])
     return (rows, tokens // rows) if rows and tokens % rows == 0 else (1, tokens)

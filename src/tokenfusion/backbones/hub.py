@@ -15,14 +15,15 @@ from torch.utils._pytree import tree_map
 
 from tokenfusion.backbones.foreign import answer_of, call, example_of, position_of, weight_of
 from tokenfusion.backbones.held import Door, FusedBlock, check_unfused, grid_at, hold_blocks, misfit
+from tokenfusion.backbones.plan import BlockPlan, Survey
 from tokenfusion.backbones.stems import Stems, adapt_stem
-from tokenfusion.backbones.survey import BlockPlan, Survey, first_tensor, is_norm, survey
+from tokenfusion.backbones.survey import first_tensor, is_norm, survey
 from tokenfusion.components import component_of
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.ensemble import LearnedEnsemble
 from tokenfusion.fusion.exchange import ExchangeRates
 from tokenfusion.fusion.fusers import Context, Fuser, Grid, NoFusion
-from tokenfusion.fusion.modality import PerModality, make_private, merge, split
+from tokenfusion.fusion.modality import PerModality, check_names, make_private, merge, presence, silenced, split
 from tokenfusion.fusion.scores import Reduction, sparsity_loss
 
 FuserFactory = Callable[[int, int, int], Fuser]  # (dim, modalities, stage)
@@ -58,8 +59,7 @@ class _Run:
         model, plan = self.model, place.plan
         if self.is_first:
             self.is_first = False
-            if self.present is not None:  # a missing stream starts as zeros after the stem
-                x = torch.where(merge(self.present).view(-1, *[1] * (x.dim() - 1)), x, 0)
+            x = merge(silenced(split(x, len(model.modalities)), self.present))  # a missing stream starts as zeros
         ctx = Context(
             model.grid_of(plan, x, self.size), plan.prefix, model.position_of(place, x, self.size), self.present
         )
@@ -121,21 +121,6 @@ class FusedModel(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute every block in the backward pass, to save memory; the network's own switch cannot see the fusers."""
         self.recomputes = enable
-
-    def presence(
-        self, inputs: Mapping[str, Any], present: Tensor | None, batch: int, device: torch.device
-    ) -> Tensor | None:
-        """Who is there, bool ``[M, B]``: whose input is given and whom ``present`` does not deny; None = everyone."""
-        wanted = (len(self.modalities), batch)
-        is_tensor = isinstance(present, Tensor)
-        if present is not None and not (is_tensor and present.shape == wanted and present.dtype == torch.bool):
-            got = f"{present.dtype} {list(present.shape)}" if is_tensor else type(present).__name__
-            raise ValueError(f"present must be bool {list(wanted)} (modalities, samples); got {got}")
-        given = [name in inputs for name in self.modalities]
-        if all(given):
-            return present
-        there = torch.tensor(given, device=device).unsqueeze(1)
-        return there.expand(-1, batch) if present is None else present & there
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave the last scores out: they belong to a graph."""
@@ -288,9 +273,7 @@ class FusedNetwork(FusedModel):
 
     def stack(self, inputs: Mapping[str, Tensor], present: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """``{name: [B, ...]} -> [M*B, ...]``, channels padded to the widest, and which are present, ``[M, B]``."""
-        unknown = [name for name in inputs if name not in self.modalities]
-        if unknown or not inputs:
-            raise ValueError(f"inputs must be some of {', '.join(self.modalities)}; got {', '.join(inputs) or 'none'}")
+        check_names(self.modalities, inputs)
         wrong = next((name for name, x in inputs.items() if not isinstance(x, Tensor) or x.dim() < 2), None)
         if wrong is not None:
             got = type(inputs[wrong]).__name__
@@ -300,11 +283,8 @@ class FusedNetwork(FusedModel):
         shape = (widest.shape[0], channels, *widest.shape[2:])
         padded = {name: self._padded(name, x, shape) for name, x in inputs.items()}
         streams = [padded[name] if name in padded else widest.new_zeros(shape) for name in self.modalities]
-        present = self.presence(inputs, present, shape[0], widest.device)
-        x = torch.stack(streams)
-        if present is not None:  # whatever a broken sensor sent, NaN too, goes no further, and neither do its gradients
-            x = torch.where(present.view(*present.shape, *[1] * (x.dim() - 2)), x, 0)
-        return merge(x), present
+        present = presence(self.modalities, inputs, present, shape[0], widest.device)
+        return merge(silenced(torch.stack(streams), present)), present
 
     def _padded(self, name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         own = (shape[0], self.channels[self.modalities.index(name)] if self.channels else shape[1], *shape[2:])

@@ -19,6 +19,7 @@ from tokenfusion.fusion.allocation import partners, present_partners
 from tokenfusion.fusion.crossing import Exchange, NoExchange
 from tokenfusion.fusion.exchange import ExchangeRates, exchange_rates
 from tokenfusion.fusion.fusers import Entry
+from tokenfusion.fusion.modality import presence
 from tokenfusion.fusion.projection import grid_index, pair_layers, projection_net
 
 Index = Tensor | Callable[[Mapping[str, Any]], Tensor]  # int64 [N] or [B, N], or what makes it from the inputs
@@ -368,7 +369,7 @@ class FusedStreams(FusedModel):
         for name, x in known.items():
             if len(x) != len(some):
                 raise ValueError(f"{name} has {len(x)} samples, {next(iter(known))} has {len(some)}")
-        present = self.presence(inputs, present, len(some), some.device)
+        present = presence(self.modalities, inputs, present, len(some), some.device)
         given = []
         for m, column in enumerate(self.columns):
             x = known[column.name] if column.name in known else self._zeros(column, len(some), some.device)

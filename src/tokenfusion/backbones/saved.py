@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import math
 import os
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,13 +21,14 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tokenfusion.backbones.foreign import example_of, kind_of, library
+from tokenfusion.backbones.blueprint import NetworkSpec, build, first_line, spec_of, undropped
+from tokenfusion.backbones.card import card
 from tokenfusion.backbones.hub import FusedNetwork, FuserFactory
 from tokenfusion.backbones.survey import evaluating
 from tokenfusion.backbones.weights import local_folder
@@ -39,41 +38,9 @@ from tokenfusion.errors import UserError
 CONFIG, MODEL, MANIFEST, CARD = "config.json", "model.safetensors", "MANIFEST.sha256", "README.md"
 FORMAT = 1
 PARTIAL = ".partial"
-TIMM_ARGUMENTS = (
-    "num_classes",
-    "in_chans",
-    "global_pool",
-    "img_size",
-    "dynamic_img_size",
-    "drop_rate",
-    "pos_drop_rate",
-    "proj_drop_rate",
-    "attn_drop_rate",
-    "drop_path_rate",
-)
-DROPOUTS = {  # of timm: the argument, and the modules that it reaches
-    "drop_rate": re.compile(r"(^|\.)head_drop$|(^|\.)head\.drop$"),
-    "pos_drop_rate": re.compile(r"(^|\.)pos_drop$"),
-    "proj_drop_rate": re.compile(r"(^|\.)proj_drop$"),
-    "attn_drop_rate": re.compile(r"(^|\.)attn_drop$"),
-}
-# what a configuration of Hugging Face may say beside the architecture: code or kernels to fetch, places, versions
-HF_LEFT_OUT = re.compile(r"^_|(attn|experts)_implementation|^auto_map$|^quantization_config$|_version$")
-
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 DTYPES = get_args(Dtype)
-
-
-class NetworkSpec(Section):
-    """How to build the single-modal network; ``module``: not from its name, for that reason."""
-
-    kind: Literal["timm", "hf", "module"]
-    name: str  # of the architecture (timm) or of the class
-    arguments: dict[str, Any] = Field(
-        default_factory=dict
-    )  # of timm.create_model, or the configuration of Hugging Face
-    reason: str = ""
 
 
 class SavedConfig(Section):
@@ -147,7 +114,7 @@ def load(path: str | Path, network: nn.Module | None = None, trust: bool = False
     except (OSError, SafetensorError) as error:
         raise UserError(f"{weights}: not readable ({str(error).splitlines()[0][:120]})") from None
     try:
-        return _filled(_fused(config, network or _network(config.network), trust), config, tensors)
+        return _filled(_fused(config, network or build(config.network), trust), config, tensors)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
 
@@ -162,7 +129,7 @@ def _fused(config: SavedConfig, network: nn.Module, trust: bool) -> FusedNetwork
             network, config.modalities, make, example, config.score_nets, config.blocks, config.alignment
         )
     except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"cannot be fused as config.json says ({_first_line(error)})") from None
+        raise UserError(f"cannot be fused as config.json says ({first_line(error)})") from None
     model.recipe |= {"fuser": config.fuser, "seed": config.seed}
     return model.to(getattr(torch, config.dtype)).eval()
 
@@ -197,7 +164,7 @@ def _config(model: FusedNetwork, tensors: Mapping[str, Tensor], shared: dict[str
         library_name="tokenfusion",
         format=FORMAT,
         tokenfusion=version("tokenfusion"),
-        network=_network_spec(model),
+        network=spec_of(model.network, model.example_size),
         modalities=names if channels is None else dict(zip(names, channels, strict=True)),
         example=list(model.example_size),
         dtype=cast("Any", dtype),
@@ -227,129 +194,13 @@ def _dtype(model: FusedNetwork) -> str:
     )
 
 
-def _network_spec(model: FusedNetwork) -> NetworkSpec:
-    network, name = model.network, type(model.network).__name__
-    try:
-        found = {"timm": _timm_spec, "hf": _hf_spec}.get(kind_of(network), lambda *_: None)(network, model.example_size)
-    except Exception as error:  # whatever foreign libraries raise
-        return NetworkSpec(kind="module", name=name, reason=f"its arguments cannot be told: {_first_line(error)}")
-    reason = "it is neither an architecture of timm nor a class of transformers"
-    return found or NetworkSpec(kind="module", name=name, reason=reason)
-
-
-def _timm_spec(network: nn.Module, example: torch.Size) -> NetworkSpec | None:
-    """The arguments that differ from those of the plain architecture."""
-    timm, name = library("timm"), getattr(network, "pretrained_cfg", {}).get("architecture")
-    if name is None or not timm.is_model(name):
-        return None
-    with torch.device("meta"):
-        plain = timm.create_model(name)
-    usual, ours = _timm_facts(plain, example_of(plain).shape), _timm_facts(network, example)
-    arguments = {key: value for key, value in ours.items() if value != usual[key] and value is not None}
-    return NetworkSpec(kind="timm", name=name, arguments=arguments)
-
-
-def _timm_facts(network: Any, example: torch.Size) -> dict[str, Any]:
-    pool, size = getattr(network, "global_pool", None), getattr(getattr(network, "patch_embed", None), "img_size", None)
-    makers = [kind.__init__ for kind in type(network).__mro__ if issubclass(kind, nn.Module)]  # they hand arguments on
-    takes = {name for make in makers for name in inspect.signature(make).parameters}
-    paths = [getattr(m, "drop_prob", 0) for m in network.modules() if type(m).__name__ == "DropPath"]
-    facts = {
-        "num_classes": getattr(network, "num_classes", None),
-        "in_chans": example[1],
-        "global_pool": pool if isinstance(pool, str) else None,
-        "img_size": None if size is None else list(size),
-        "dynamic_img_size": getattr(network, "dynamic_img_size", None),
-        **{key: _rate(network, key) if key in takes else None for key in DROPOUTS},
-        "drop_path_rate": round(float(max(paths, default=0)), 6),
-    }
-    assert tuple(facts) == TIMM_ARGUMENTS
-    return facts
-
-
-def _rate(network: nn.Module, argument: str) -> float | None:
-    """The highest probability among the modules that an argument of timm reaches; None where there are none."""
-    reached = [module for name, module in network.named_modules() if DROPOUTS[argument].search(name)]
-    if not reached:
-        return getattr(network, argument, None)
-    return round(max((float(rate) for module in reached for rate in _rates(module).values()), default=0.0), 6)
-
-
-def _rates(module: nn.Module) -> dict[str, float]:
-    """With which probabilities a module itself drops, by the names that it has for them; those of 0 are left out."""
-    drops = "drop" in type(module).__name__.lower()
-    return {
-        key: value
-        for key, value in vars(module).items()
-        if ("drop" in key or (drops and key in ("p", "prob"))) and isinstance(value, float | int) and float(value)
-    }
-
-
-def _undropped(model: nn.Module, again: nn.Module) -> str | None:
-    """The first module that drops with another probability than its copy."""
-    ours, copied = (
-        {f"{name}.{key}": rate for name, m in x.named_modules() for key, rate in _rates(m).items()}
-        for x in (model, again)
-    )
-    for name in sorted(ours.keys() | copied.keys()):
-        one, other = ours.get(name, 0.0), copied.get(name, 0.0)
-        if not math.isclose(one, other, abs_tol=1e-5):
-            return f"{name} is {one:g} here and {other:g} in a network built anew"
-    return None
-
-
-def _hf_spec(network: Any, example: torch.Size) -> NetworkSpec | None:
-    name, transformers = type(network).__name__, library("hf")
-    if getattr(transformers, name, None) is not type(network):
-        return None
-    return NetworkSpec(kind="hf", name=name, arguments=_plain(json.loads(network.config.to_json_string(False))))
-
-
-def _plain(config: Any) -> Any:
-    """A configuration without what says more than the architecture."""
-    if isinstance(config, dict):
-        return {key: _plain(value) for key, value in config.items() if not HF_LEFT_OUT.search(key)}
-    return [_plain(value) for value in config] if isinstance(config, list) else config
-
-
-def _network(spec: NetworkSpec) -> nn.Module:
-    """A network of timm or of Hugging Face with random weights.
-
-    Raises:
-        UserError: where this version of the library does not know it, or the name is none of that library's.
-    """
-    try:
-        network = _timm_network(spec) if spec.kind == "timm" else _hf_network(spec)
-    except UserError:
-        raise
-    except Exception as error:  # whatever foreign libraries raise
-        raise UserError(f"{spec.name} cannot be built by this version of its library ({_first_line(error)})") from None
-    return network
-
-
-def _timm_network(spec: NetworkSpec) -> nn.Module:
-    timm, unknown = library("timm"), spec.arguments.keys() - set(TIMM_ARGUMENTS)
-    if not timm.is_model(spec.name) or unknown:  # a name with a scheme would be fetched
-        raise UserError(f"{spec.name}: this version of timm has no such architecture, or not these arguments")
-    return cast("nn.Module", timm.create_model(spec.name, pretrained=False, **spec.arguments))
-
-
-def _hf_network(spec: NetworkSpec) -> nn.Module:
-    transformers = library("hf")
-    found = getattr(transformers, spec.name, None)
-    if not (inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel)):
-        raise UserError(f"{spec.name}: this version of transformers has no such network")
-    make = cast("Any", found)
-    return cast("nn.Module", make(make.config_class.from_dict(_plain(spec.arguments))))
-
-
 def _unlike(model: FusedNetwork, config: SavedConfig, tensors: Mapping[str, Tensor]) -> str | None:
     """Why a model built again from ``config`` is not this one; None where both answer alike."""
     some = next(model.parameters())
     try:
         with _drawing_nothing(), evaluating(model), torch.no_grad():
-            again = _filled(_fused(config, _network(config.network), True), config, tensors).to(some.device)
-            difference = _undropped(model, again)
+            again = _filled(_fused(config, build(config.network), True), config, tensors).to(some.device)
+            difference = undropped(model, again)
             if difference is not None:
                 return difference
             generator = torch.Generator().manual_seed(0)
@@ -362,7 +213,7 @@ def _unlike(model: FusedNetwork, config: SavedConfig, tensors: Mapping[str, Tens
             ours, copied = (m(inputs).ensemble for m in (model, again))
             alike = torch.allclose(ours, copied, rtol=tolerance, atol=tolerance, equal_nan=True)
     except Exception as error:  # whatever foreign libraries raise
-        return _first_line(error)
+        return first_line(error)
     return None if alike else f"{config.network.name}, built anew, answers differently: arguments unknown to its name"
 
 
@@ -404,55 +255,6 @@ def _once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
         copy = value.detach().to("cpu", memory_format=torch.contiguous_format)
         tensors[name] = copy.clone() if copy.untyped_storage().nbytes() > copy.nbytes else copy  # a view of more
     return tensors, shared
-
-
-def card(model: FusedNetwork, config: SavedConfig, name: str) -> str:
-    """The model card: facts that the model itself tells; the licence is the author's to choose."""
-    network, fuser = config.network, model.fusers[0] if len(model.fusers) else model.plain
-    channels = model.channels or [config.example[1]] * len(model.modalities)
-    sizes = dict(zip(model.modalities, channels, strict=True))
-    library = {"timm": ["timm"], "hf": ["transformers"], "module": []}[network.kind]
-    tags = ["tokenfusion", "multimodal", "vision-transformer", *library, *model.modalities]
-    arguments = ", ".join(f"{k} {v}" for k, v in config.fuser.items() if k != TARGET and v is not None)
-    says = " ".join(inspect.cleandoc(type(fuser).__doc__ or "").split("\n\n")[0].split())
-    shape = ", ".join(map(str, config.example[2:]))
-    inputs = ", ".join(f'"{key}": torch.randn(1, {n}, {shape})' for key, n in sizes.items())
-    given = f", network={network.name}(...)" if network.kind == "module" else ""
-    what = ", ".join(f"{key} ({n} channel{'s' * (n > 1)})" for key, n in sizes.items())
-    done = "".join(f"- {line}\n" for line in model.account)
-    lines = [
-        "---",
-        "library_name: tokenfusion",
-        "tags:",
-        *(f"- {json.dumps(tag)}" for tag in dict.fromkeys(tags)),
-        "# license: yours to choose; mind that of the weights you started from",
-        "---",
-        "",
-        f"# {name}: {network.name} over {' + '.join(model.modalities)}",
-        "",
-        f"One network for {len(sizes)} aligned modalities: {what}.",
-        f"The base network is {_base(model, network)}; all streams share its weights and each has its own norms.",
-        f"{len(model.survey.blocks)} blocks, {sum(p.numel() for p in model.parameters()):,} parameters.",
-        *(["", done.rstrip()] if done else []),
-        "",
-        f"**Exchange.** {type(fuser).__name__}: {says}" + (f" Here: {arguments}." if arguments else ""),
-        "",
-        "```python",
-        "import tokenfusion",
-        "import torch",
-        "",
-        f'model = tokenfusion.load("{name}"{given})  # this folder, or its hub id',
-        f"out = model({{{inputs}}})  # a modality may be left out",
-        "out.ensemble, out.outputs, out.scores",
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _base(model: FusedNetwork, network: NetworkSpec) -> str:
-    arguments = ", ".join(f"{k} {v}" for k, v in network.arguments.items()) if network.kind == "timm" else ""
-    library = {"timm": "timm's ", "hf": "Hugging Face's ", "module": ""}[network.kind]
-    return f"{library}{network.name}" + (f" ({arguments})" if arguments else "")
 
 
 # Files
@@ -549,7 +351,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]

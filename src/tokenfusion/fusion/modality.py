@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,36 @@ def merge(x: Tensor) -> Tensor:
 def split(x: Tensor, modalities: int) -> Tensor:
     """``[M*B, ...]`` back to ``[M, B, ...]``."""
     return x.unflatten(0, (modalities, -1))
+
+
+def presence(
+    modalities: Sequence[str], inputs: Mapping[str, Any], present: Tensor | None, batch: int, device: torch.device
+) -> Tensor | None:
+    """Who is there, bool ``[M, B]``: whose input is given and whom ``present`` does not deny; None = everyone.
+
+    Raises:
+        ValueError: where ``present`` has another type or shape.
+    """
+    wanted, is_tensor = (len(modalities), batch), isinstance(present, Tensor)
+    if present is not None and not (is_tensor and present.shape == wanted and present.dtype == torch.bool):
+        got = f"{present.dtype} {list(present.shape)}" if is_tensor else type(present).__name__
+        raise ValueError(f"present must be bool {list(wanted)} (modalities, samples); got {got}")
+    given = [name in inputs for name in modalities]
+    if all(given):
+        return present
+    there = torch.tensor(given, device=device).unsqueeze(1)
+    return there.expand(-1, batch) if present is None else present & there
+
+
+def check_names(modalities: Sequence[str], inputs: Mapping[str, Any]) -> None:
+    """Raise a ValueError where inputs are named otherwise than the modalities, or are none."""
+    if not inputs or any(name not in modalities for name in inputs):
+        raise ValueError(f"inputs must be some of {', '.join(modalities)}; got {', '.join(inputs) or 'none'}")
+
+
+def silenced(x: Tensor, present: Tensor | None) -> Tensor:
+    """``[M, B, ...]`` with zeros where a modality is missing: what a broken sensor sent, NaN too, goes no further."""
+    return x if present is None else torch.where(present.view(*present.shape, *[1] * (x.dim() - 2)), x, 0)
 
 
 class PerModality(nn.ModuleList):

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from tokenfusion.backbones.dense import FusedPyramid
-from tokenfusion.backbones.fused import FusedBackbone
+from tokenfusion.backbones.fused import FusedBackbone, FuserFactory
 from tokenfusion.backbones.mit import Pyramid
 from tokenfusion.components import FUSER_GIVEN, maker
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.exchange import ExchangeRates
-from tokenfusion.fusion.fusers import Fuser
 
 Rates = dict[str, ExchangeRates]  # block -> per modality [M]
 
@@ -35,19 +35,20 @@ class Placement(Protocol):
     alignment: bool
 
 
+def fuser_factory(recipe: Fused, trust: bool) -> FuserFactory:
+    """What makes the recipe's fuser from (dim, modalities, stage)."""
+    return partial(maker(recipe.fuser, "fuser", FUSER_GIVEN, trust), seed=recipe.seed)
+
+
 def fused_backbone(network: Pyramid, recipe: Fused, model: Placement, trust: bool) -> FusedBackbone:
     """A single-modal network for the recipe's modalities, with its fuser.
 
     Raises:
         UserError: where the fuser refuses its arguments.
     """
-    fuser = maker(recipe.fuser, "fuser", FUSER_GIVEN, trust)
-
-    def make(dim: int, modalities: int, stage: int) -> Fuser:
-        return fuser(dim, modalities, stage, seed=recipe.seed)
-
+    make, names = fuser_factory(recipe, trust), recipe.data.modalities
     try:
-        return FusedBackbone(network, recipe.data.modalities, make, model.score_nets, model.placement, model.alignment)
+        return FusedBackbone(network, names, make, model.score_nets, model.placement, model.alignment)
     except (TypeError, ValueError) as error:
         raise UserError(f"fuser: {error}") from error
 

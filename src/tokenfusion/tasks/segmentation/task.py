@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
 from tokenfusion.backbones.dense import DenseBackbone, FusedPyramid
 from tokenfusion.backbones.mit import MiT
-from tokenfusion.components import FUSER_GIVEN, build, maker
+from tokenfusion.components import FUSER_GIVEN, build
 from tokenfusion.data.augment import Augment
 from tokenfusion.data.folder import Folder
 from tokenfusion.data.frames import Batch, Frames
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.scores import sparsity_loss
-from tokenfusion.tasks.fusing import drawn_presence, fused_backbone, watched_rates
+from tokenfusion.tasks.fusing import drawn_presence, fused_backbone, fuser_factory, watched_rates
 from tokenfusion.tasks.segmentation.losses import upsampled_cross_entropy
 from tokenfusion.tasks.segmentation.metrics import IGNORE
 from tokenfusion.tasks.segmentation.model import FusedSegmenter, SegmentationOutput
@@ -51,8 +49,7 @@ def _fused(network: nn.Module, recipe: SegmentationRecipe, trust: bool) -> Fused
         return fused_backbone(network, recipe, model, trust)
     if model.placement != "every":
         raise UserError("model.placement is MiT's; of a network of timm or Hugging Face model.blocks names blocks")
-    make = partial(maker(recipe.fuser, "fuser", FUSER_GIVEN, trust), seed=recipe.seed)
-    names = recipe.data.modalities
+    make, names = fuser_factory(recipe, trust), recipe.data.modalities
     return DenseBackbone(network, names, make, model.score_nets, model.blocks, model.alignment, model.frozen)
 
 
