@@ -17,7 +17,7 @@ from tasks.translation import nano
 from tasks.walk import command
 
 import tokenfusion
-from tokenfusion import api
+from tokenfusion import api, graphs
 from tokenfusion import export as exporting
 from tokenfusion.data.folder import Folder
 from tokenfusion.errors import UserError
@@ -149,13 +149,13 @@ def test_formulas_are_what_predict_does(rooms: Path) -> None:
 
     for spec in Folder(rooms).modalities.values():
         stored = spec.modality.stored
-        facts, image = exporting._normalised(spec), torch.tensor([0.5]).expand(stored, 1, 1)
+        facts, image = graphs._normalised(spec), torch.tensor([0.5]).expand(stored, 1, 1)
         value = [
             eval(facts["formula"], {"value": 0.5, "mean": m, "std": s})
             for m, s in zip(facts["mean"], facts["std"], strict=True)
         ]
         torch.testing.assert_close(normalise({"x": image}, {"x": spec})["x"].flatten(), torch.tensor(value))
-        formula = exporting._coded(spec)["formula"].removesuffix(", clipped to -1..1")
+        formula = graphs._coded(spec)["formula"].removesuffix(", clipped to -1..1")
         value = max(-1.0, min(1.0, eval(formula, {"ln": ln, "value": 0.5})))
         torch.testing.assert_close(to_tanh(image, spec).flatten(), torch.tensor([value] * 3))
 
@@ -238,13 +238,13 @@ def test_a_file_that_differs_from_the_model_is_not_written(
     segmentation: Path, tmp_path: Path, monkeypatch, value: float
 ) -> None:
     (tmp_path / "a.pt2").write_text("before")
-    seen: list[exporting.Graph] = []
+    seen: list[graphs.Graph] = []
 
-    def write(program: None, graph: exporting.Graph, file: Path) -> None:
+    def write(program: None, graph: graphs.Graph, file: Path) -> None:
         file.write_text("wrong")
         seen.append(graph)
 
-    def read(file: Path) -> Callable[[exporting.Tensors], exporting.Tensors]:
+    def read(file: Path) -> Callable[[graphs.Tensors], graphs.Tensors]:
         return lambda inputs: {name: x + value for name, x in seen[0].network(inputs).items()}
 
     monkeypatch.setattr(exporting, "_traced", lambda graph, run: None)
@@ -260,10 +260,10 @@ def test_a_file_that_differs_from_the_model_is_not_written(
 def test_a_token_at_the_threshold_may_be_decided_otherwise(small_segmenter, images) -> None:
     """The model goes on with the file's scores, so that rounding is told from a wrong network."""
     model = small_segmenter(partial(TokenFusion, threshold=0.5))
-    network = exporting.Segments(model, "bilinear")
-    graph = exporting.Graph(network, lambda count: images(2, count), {}, {}, 2)
+    network = graphs.Segments(model, "bilinear")
+    graph = graphs.Graph(network, lambda count: images(2, count), {}, {}, 2)
 
-    def read(inputs: exporting.Tensors, less: float) -> exporting.Tensors:
+    def read(inputs: graphs.Tensors, less: float) -> graphs.Tensors:
         nets = [part for part in model.modules() if isinstance(part, ScorePredictor)]
         hooks = [net.register_forward_hook(lambda _, inputs, found: found - less) for net in nets]
         found = network(inputs)
