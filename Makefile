@@ -55,7 +55,8 @@ docs: $(VENV)/.ready  ## build the documentation into site/, warnings are errors
 
 demo: $(VENV)/.ready  ## train on the procedural rooms and compare the fusions: about five minutes on two cores
 	@[[ -e data/rooms ]] || $(BIN)/tokenfusion prepare rooms --out data/rooms
-	@$(BIN)/tokenfusion study methods --recipe toy-segmentation --jobs 2 --out runs/demo
+	@$(BIN)/tokenfusion study demo --seeds 1 --jobs 2 --out runs/demo
+	@$(BIN)/tokenfusion report runs/demo/fusion/tokenfusion-seed0
 
 # Upgrade with an early 3.11 (PYTHON=...): some packages want a later patch release than Debian 12 has, 3.11.2.
 lock: .venv-lock/bin/pip-compile  ## write requirements.lock again from pyproject.toml (UPGRADE=1: newest versions)

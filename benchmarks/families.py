@@ -20,8 +20,8 @@ from torch import nn
 
 from tokenfusion import UserError
 from tokenfusion.backbones.foreign import example_of, position_of
-from tokenfusion.backbones.held import misfit
 from tokenfusion.backbones.hub import FusedNetwork
+from tokenfusion.backbones.misfit import misfit
 from tokenfusion.backbones.survey import survey
 from tokenfusion.fusion import Concat, Fuser, NoFusion, TokenFusion
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokenfusion.backbones.foreign import answer_of, call
 from tokenfusion.backbones.hub import FusedNetwork
 from tokenfusion.errors import UserError
-from tokenfusion.fusion import Concat, NoFusion, PerModality, TokenFusion
+from tokenfusion.fusion import Bottleneck, Concat, NoFusion, PerModality, TokenFusion
 
 NAMES = ("rgb", "depth")
 
@@ -198,6 +198,21 @@ def union_of_equal_streams_is_one(network: nn.Module, example: Tensor) -> bool:
     torch.testing.assert_close(got["rgb"], wanted, rtol=0, atol=1e-4 * max(1.0, float(wanted.abs().max())))
     other = answers(model, {"rgb": x, "depth": x.flip(0)})["rgb"]
     assert (other - got["rgb"]).abs().max() > 1e-5 * wanted.abs().max()
+    return True
+
+
+@torch.no_grad()
+def bottleneck_tokens_join_in(network: nn.Module, example: Tensor) -> bool:
+    """Streams meet in tokens that run beside their own; False where they do not fit the blocks."""
+    x = inputs(example)
+    try:
+        model = fused(network, example, Bottleneck)
+    except UserError:
+        return False
+    got = answers(model, x)["rgb"]
+    assert got.shape == answer(network, x["rgb"]).shape
+    changed = answers(model, {**x, "depth": x["depth"].flip(0)})["rgb"]
+    assert (changed - got).abs().max() > 1e-5 * got.abs().max()
     return True
 
 

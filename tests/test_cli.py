@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 import tokenfusion
-from tokenfusion import api, study
+from tokenfusion import api
 from tokenfusion.cli import main
 from tokenfusion.errors import UserError
 from tokenfusion.recipe import shipped
@@ -90,38 +90,6 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert content["tokenfusion"] == tokenfusion.__version__
     assert content["torch"]
     assert content["numba"][0].isdigit()
-
-
-def test_methods_study_trains_skips_and_tabulates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    api.prepare_rooms(tmp_path / "rooms", train=4, val=2, height=64, width=96)
-    small = [
-        f"data.root={tmp_path / 'rooms'}",
-        "data.crop=[64, 96]",
-        "train.steps=2",
-        "train.batch_size=2",
-        "train.warmup_steps=1",
-    ]
-    # three of the five stand already: what is left is done
-    monkeypatch.setattr(study, "_run_all", _in_this_process)
-    table = study.methods("toy-segmentation", small, 1, tmp_path / "out")
-    for row in ("rgb only", "depth only", "late ensemble", "concat", "TokenFusion"):
-        assert f"| {row} |" in table
-    assert (tmp_path / "out" / "table.md").is_file()
-    assert (tmp_path / "out" / "compare.html").is_file()
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*/metrics.json")}
-    monkeypatch.undo()
-    assert study.methods("toy-segmentation", small, 1, tmp_path / "out") == table  # nothing is left to do
-    assert before == {p: p.stat().st_mtime_ns for p in before}
-    (tmp_path / "out" / "concat-seed0" / "metrics.json").unlink()
-    (tmp_path / "out" / "concat-seed0" / "recipe.yaml").write_text("task: segmentation")
-    with pytest.raises(UserError, match=r"train\.log"):
-        study.methods("toy-segmentation", small, 1, tmp_path / "out")
-
-
-def _in_this_process(arguments: dict[Path, list[str]], jobs: int) -> None:
-    for run, words in arguments.items():
-        api.train(tokenfusion.read_recipe(words[0], words[1:]), run)
 
 
 def test_eval_prints_the_primary_figure_first(

@@ -14,14 +14,14 @@ SRC = Path(__file__).parents[1] / "src" / "tokenfusion"
 FILES = sorted(SRC.rglob("*.py"))
 EVERYTHING = {path.name for path in SRC.iterdir() if path.is_dir()} | {path.stem for path in SRC.glob("*.py")}
 ROOMS: dict[str, set[str]] = {
-    **{name: set() for name in ("errors", "components", "fusion", "data", "train", "report", "recipes")},
+    **{name: set() for name in ("errors", "components", "fusion", "data", "train", "report", "recipes", "studies")},
     "backbones": {"fusion", "components"},
     "tasks": {"fusion", "backbones", "data", "train", "components", "report"},
     "api": {"tasks", "train", "backbones", "fusion", "data", "components"},
     "recipe": {"api", "components"},
     "contestants": {"api", "recipe", "backbones", "data", "train", "tasks"},
     "bench": {"contestants", "recipe"},
-    "study": {"api", "recipe", "report"},
+    "study": {"api", "recipe", "report", "components", "train", "data", "tasks"},
     "convert": {"api", "recipe", "backbones", "data"},
     "export": {"api", "data", "fusion", "graphs", "tasks"},
     "graphs": {"api", "data"},

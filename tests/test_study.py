@@ -1,163 +1,356 @@
-"""Studies: which runs they ask for, and the table that they make of the runs' figures; nothing is trained here."""
+"""A study: which runs it asks for, which of them are done, and the tables that it makes of their figures."""
 
 from __future__ import annotations
 
+import csv
 import json
+import statistics
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
+from scipy import stats
 
-from tokenfusion import study
+from tokenfusion import api
 from tokenfusion.errors import UserError
 from tokenfusion.recipe import read_recipe
+from tokenfusion.study import Wish, plan, read_study, study
+from tokenfusion.study import runs as runs_of
+from tokenfusion.study.judging import judge, measure
+from tokenfusion.study.runs import is_done
+from tokenfusion.study.spread import paired, t_quantile
 
-THREE = ["data.modalities=[rgb, depth, normal]"]
-MAE = {  # (modalities, fuser) -> of the ensemble, seed 0
-    ("rgb", "NoFusion"): 0.5, ("depth", "NoFusion"): 0.4, ("normal", "NoFusion"): 0.3,
-    ("rgb,depth", "NoFusion"): 0.25, ("rgb,depth", "TokenFusion"): 0.2,
-    ("rgb,depth,normal", "NoFusion"): 0.15, ("rgb,depth,normal", "TokenFusion"): 0.1,
-    ("rgb,depth,normal", "Concat"): 0.125,
-}  # fmt: skip
+SCORES = {
+    "NoFusion": (49.0, 49.5, 48.0),
+    "Concat": (46.0, 46.4, 46.1),
+    "Average": (51.0,),
+    "TokenFusion": (55.0, 56.5, 53.0),
+}
 
 
-def judged(arguments: dict[Path, list[str]], jobs: int) -> None:
-    """In place of training: a translation's figures, 0.02 higher with every seed."""
-    for run, words in arguments.items():
-        recipe = read_recipe(words[0], words[1:])
-        names = ",".join(recipe.data.modalities)
-        value = MAE[names, recipe.fuser["_target_"].rpartition(".")[2]] + 0.02 * recipe.seed
-        streams = {name: {"mse": 0.9, "mae": value} for name in (*recipe.data.modalities, "ensemble")}
-        metrics = {"task": "translation", "dataset": "rooms", "split": "val", "images": 7, "target": "shade",
-                   "primary": "mae", "protocol": "standard", "streams": streams, "checkpoint": "last",
-                   "step": recipe.train.steps}  # fmt: skip
-        run.mkdir(parents=True)
-        (run / "metrics.json").write_text(json.dumps(metrics))
-        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+class Trainer:
+    """In place of the processes that train and judge: writes the figures of a made-up run."""
+
+    def __init__(self) -> None:
+        self.trained: list[str] = []
+        self.judged: list[str] = []
+        self.devices: list[str] = []
+        self.fails = ""
+
+    def __call__(self, command: list[str], stdout: Any, env: dict[str, str], **_: Any) -> Any:
+        module, *words = command[2:]
+        if module.endswith("judging"):
+            run, conditions = Path(words[0]), json.loads(words[1])
+            self.judged.append(run.name)
+            (run / "conditions").mkdir(exist_ok=True)
+            for title, changes in conditions.items():
+                found = {**json.loads((run / "metrics.json").read_text()), "evaluation": changes}
+                found["streams"]["ensemble"]["miou"] /= 2
+                (run / "conditions" / f"{title.replace(' ', '-')}.json").write_text(json.dumps(found))
+            return SimpleNamespace(returncode=0)
+        run, recipe = Path(words[-1]), read_recipe(words[1], words[2:-2])
+        self.devices.append(env.get("CUDA_VISIBLE_DEVICES", ""))
+        if self.fails and self.fails in run.name:
+            stdout.write(b"out of luck\n")
+            return SimpleNamespace(returncode=1)
+        self.trained.append(run.name)
+        write_run(run, recipe)
+        return SimpleNamespace(returncode=0)
+
+
+def write_run(run: Path, recipe: Any) -> None:
+    """What a finished run leaves, without weights; its score tells fuser and seed."""
+    fuser = recipe.fuser["_target_"].rpartition(".")[2]
+    score = SCORES[fuser][recipe.seed]
+    streams = {name: {"miou": score - 5, "pixel_accuracy": 80.0} for name in recipe.data.modalities}
+    content = {
+        "task": "segmentation", "dataset": "rooms", "split": "val", "images": 7, "primary": "miou",
+        "protocol": "single scale", "checkpoint": "last", "step": recipe.train.steps,
+        "streams": {**streams, "ensemble": {"miou": score, "pixel_accuracy": 80.0}},
+        "exchange": {"stage1.0": {"rgb": 0.5, "depth": 0.3}} if fuser == "TokenFusion" else {},
+    }  # fmt: skip
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "metrics.json").write_text(json.dumps(content))
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+
+
+OUTLINE = """
+description: three ways
+parts:
+  rooms:
+    scales: {toy: {recipe: toy-segmentation, set: [train.steps=20]}}
+    columns: {mIoU: miou, of rgb: rgb/miou, exchanged: exchange, FID: fid}
+    plot: exchange
+    rows:
+      late ensemble: {set: [fuser=none], reference: true, paper: [50, null, null, null]}
+      concat: {set: [fuser=concat]}
+      TokenFusion: {paper: [53.25, null, null, 7.5]}
+"""
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Runs are drawn instead of trained."""
-    monkeypatch.setattr(study, "_run_all", judged)
-    return monkeypatch
+def trainer(monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    """No process is started."""
+    made = Trainer()
+    monkeypatch.setattr(runs_of.subprocess, "run", made)
+    return made
 
 
-def test_modalities_are_rows_and_ways_to_fuse_them_columns(fake: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    text = study.modalities("toy-segmentation", THREE, 2, tmp_path)
-    title, _, *table = (tmp_path / "table.md").read_text().splitlines()
-    assert title == (
-        "MAE of shade (lower is better) on rooms val (7 images), 300 steps, 2 seeds: mean ± standard deviation; standard"
+@pytest.fixture
+def outline(tmp_path: Path) -> str:
+    file = tmp_path / "mine.yaml"
+    file.write_text(OUTLINE)
+    return str(file)
+
+
+def wish(tmp_path: Path, **changes: Any) -> Wish:
+    return Wish(**{"out": tmp_path / "out", "data": "somewhere", **changes})
+
+
+def rows(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_a_study_ends_in_a_table(trainer: Trainer, outline: str, tmp_path: Path) -> None:
+    text = study(outline, wish(tmp_path))
+    head, late, concat, fused = rows(text)
+    assert head == ["method", "mIoU, %", "paper mIoU", "of rgb, %", "exchanged, %", "paper FID",
+                    "difference to late ensemble (95 %)", "runs"]  # fmt: skip
+    assert late == ["late ensemble", "48.8 ± 0.8", "50.00", "43.8 ± 0.8", "–", "", "", "3"]
+    assert concat[:2] == ["concat", "46.2 ± 0.2"]
+    interval = stats.ttest_rel(SCORES["TokenFusion"], SCORES["NoFusion"]).confidence_interval(0.95)
+    assert fused == ["TokenFusion", "54.8 ± 1.8", "53.25", "49.8 ± 1.8", "40.0 ± 0.0", "7.5",
+                     f"+6.0 (+{interval.low:.1f} to +{interval.high:.1f})", "3"]  # fmt: skip
+    assert "toy-segmentation, judged on rooms val (7 images) after 20 steps; 3 seeds" in text
+    assert "The paper's numbers are of its own data" in text
+    assert f"`tokenfusion study {outline} --scale toy --seeds 3 --data somewhere --out {tmp_path / 'out'}`" in text
+    assert {path.name for path in (tmp_path / "out" / "rooms").iterdir()} == {
+        f"{row}-seed{seed}" for row in ("late-ensemble", "concat", "tokenfusion") for seed in range(3)
+    }
+
+
+def test_figures_are_written_for_programs_too(trainer: Trainer, outline: str, tmp_path: Path) -> None:
+    study(outline, wish(tmp_path, seeds=2))
+    found = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
+    chosen = {r["seed"]: r for r in found if (r["row"], r["column"]) == ("TokenFusion", "mIoU")}
+    assert {seed: float(r["value"]) for seed, r in chosen.items()} == {
+        "0": 55.0, "1": 56.5, "mean": 55.75, "deviation": pytest.approx(statistics.stdev((55.0, 56.5)), abs=1e-5),
+        "paper": 53.25,
+    }  # fmt: skip
+    folder = tmp_path / "out" / "rooms" / "tokenfusion-seed1"
+    command = f"tokenfusion train toy-segmentation train.steps=20 data.root=somewhere seed=1 --out {folder}"
+    assert chosen["1"]["command"] == command == (folder / "command.txt").read_text().strip()
+    assert chosen["1"]["figure"] == "miou"
+    tex = (tmp_path / "out" / "table.tex").read_text()
+    assert r"TokenFusion & 55.8 $\pm$ 1.1 & 53.25 &" in tex
+    assert tex.count(r"\toprule") == tex.count(r"\bottomrule") == 1
+    assert r"mIoU, \%" in tex
+
+
+def test_what_is_done_is_not_done_again(trainer: Trainer, outline: str, tmp_path: Path) -> None:
+    text = study(outline, wish(tmp_path, seeds=2))
+    assert len(trainer.trained) == 6
+    trainer.trained.clear()
+    assert study(outline, wish(tmp_path, seeds=2)) == text
+    moved = text.replace("--data somewhere", "--data elsewhere")
+    assert study(outline, wish(tmp_path, seeds=2, data="elsewhere")) == moved  # where the data stand is no other run
+    assert trainer.trained == []
+    study(outline, wish(tmp_path))
+    assert sorted(trainer.trained) == ["concat-seed2", "late-ensemble-seed2", "tokenfusion-seed2"]
+    trainer.trained.clear()
+    study(outline, wish(tmp_path, overrides=("train.lr=1e-3",)))
+    assert len(trainer.trained) == 9  # another recipe
+
+
+def test_what_a_study_beside_it_has_done_is_taken_over(trainer: Trainer, outline: str, tmp_path: Path) -> None:
+    study(outline, wish(tmp_path, seeds=1))
+    trainer.trained.clear()
+    (tmp_path / "other.yaml").write_text(
+        OUTLINE.replace("rooms:", "elsewhere:").replace("concat: {set: [fuser=concat]}", "one: {set: [fuser=average]}")
+        .replace("TokenFusion: {", "ours: {")
+    )  # fmt: skip
+    study(str(tmp_path / "other.yaml"), wish(tmp_path, out=tmp_path / "second", seeds=1))
+    assert trainer.trained == ["one-seed0"]
+    taken = tmp_path / "second" / "elsewhere" / "ours-seed0"
+    own = tmp_path / "out" / "rooms" / "tokenfusion-seed0"
+    for name in ("metrics.json", "recipe.yaml", "command.txt"):
+        assert (taken / name).read_text() == (own / name).read_text()
+    trainer.trained.clear()
+    conditions = (tmp_path / "other.yaml").read_text() + "    conditions: {dark: {missing: [depth]}}\n"
+    (tmp_path / "third.yaml").write_text(conditions)
+    study(str(tmp_path / "third.yaml"), wish(tmp_path, out=tmp_path / "third", seeds=1))
+    assert len(trainer.trained) == 3, "nobody has judged them under that condition"
+
+
+def test_some_rows_now_and_tables_without_training(trainer: Trainer, outline: str, tmp_path: Path) -> None:
+    text = study(outline, wish(tmp_path, rows=("concat",)))
+    assert set(trainer.trained) == {"concat-seed0", "concat-seed1", "concat-seed2"}
+    _, late, concat, fused = rows(text)
+    assert (late[1], concat[1], fused[1]) == ("–", "46.2 ± 0.2", "–")
+    assert (late[-1], concat[-1], concat[-2]) == ("0", "3", "")  # nothing to be compared with
+    trainer.trained.clear()
+    assert rows(study(outline, wish(tmp_path), train=False)) == rows(text)
+    assert trainer.trained == []
+    with pytest.raises(UserError, match="--rows: there is no row 'concatt'; did you mean 'concat'"):
+        study(outline, wish(tmp_path, rows=("concatt",)))
+
+
+def test_an_empty_study_has_a_table(trainer: Trainer, outline: str, tmp_path: Path) -> None:
+    text = study(outline, wish(tmp_path), train=False)
+    assert "no run is done yet" in text
+    assert rows(text)[3][1:3] == ["–", "53.25"]
+
+
+def test_a_failed_run_does_not_lose_the_others(trainer: Trainer, outline: str, tmp_path: Path) -> None:
+    trainer.fails = "concat-seed1"
+    with pytest.raises(UserError, match=r"concat-seed1/train.log: this run failed \(out of luck\)"):
+        study(outline, wish(tmp_path))
+    assert len(trainer.trained) == 8
+    assert rows((tmp_path / "out" / "table.md").read_text())[2][-1] == "2"
+
+
+def test_every_run_gets_a_device_of_its_own(
+    trainer: Trainer, outline: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs_of.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    study(outline, wish(tmp_path))
+    assert len(trainer.devices) == 9
+    assert set(trainer.devices) == {"5", "7"}
+
+
+def test_figures_of_different_protocols_share_no_table(trainer: Trainer, outline: str, tmp_path: Path) -> None:
+    study(outline, wish(tmp_path, seeds=1))
+    path = tmp_path / "out" / "rooms" / "concat-seed0" / "metrics.json"
+    path.write_text(path.read_text().replace('"single scale"', '"multi scale"'))
+    with pytest.raises(UserError, match=r"concat-seed0: was judged otherwise \(multi scale\)"):
+        study(outline, wish(tmp_path, seeds=1))
+
+
+def test_conditions_are_rows_and_methods_columns(trainer: Trainer, outline: str, tmp_path: Path) -> None:
+    conditions = "    conditions: {depth missing: {missing: [depth]}, one more: {flip: true}}\n"
+    Path(outline).write_text(OUTLINE + conditions)
+    text = study(outline, wish(tmp_path, seeds=2))
+    assert rows(text) == [
+        ["condition", "late ensemble, %", "concat, %", "TokenFusion, %", "runs"],
+        ["as they are", "49.2 ± 0.4", "46.2 ± 0.3", "55.8 ± 1.1", "6"],
+        ["depth missing", "24.6 ± 0.2", "23.1 ± 0.1", "27.9 ± 0.5", "6"],
+        ["one more", "24.6 ± 0.2", "23.1 ± 0.1", "27.9 ± 0.5", "6"],
+    ]
+    trainer.trained.clear()
+    trainer.judged.clear()
+    Path(outline).write_text(OUTLINE + conditions.replace("[depth]", "[rgb]"))  # means something else now
+    assert rows(study(outline, wish(tmp_path, seeds=2), train=False))[2][1:] == ["–", "–", "–", "0"]
+    study(outline, wish(tmp_path, seeds=2))
+    assert len(trainer.judged) == 6
+
+
+def test_ones_own_recipe(trainer: Trainer, tmp_path: Path) -> None:
+    own = wish(
+        tmp_path, seeds=1, recipe="toy-segmentation", overrides=("data.modalities=[rgb, depth, normal]",), data=None
     )
-    assert table[:7] == [
-        "| inputs | alone | late ensemble | TokenFusion |",
-        "|---|---|---|---|",
-        "| rgb | 0.5100 ± 0.0141 |  |  |",
-        "| depth | 0.4100 ± 0.0141 |  |  |",
-        "| normal | 0.3100 ± 0.0141 |  |  |",
-        "| rgb + depth |  | 0.2600 ± 0.0141 | 0.2100 ± 0.0141 |",
-        "| rgb + depth + normal |  | 0.1600 ± 0.0141 | 0.1100 ± 0.0141 |",
-    ]
-    assert "`tokenfusion study modalities --recipe toy-segmentation 'data.modalities=[rgb, depth, normal]'" in text
-    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
-        f"{name}-seed{seed}" for seed in (0, 1) for name in (
-            "rgb-only", "depth-only", "normal-only", "rgb+depth", "rgb+depth-late-ensemble",
-            "rgb+depth+normal", "rgb+depth+normal-late-ensemble",
-        )
-    }  # fmt: skip
-    assert (tmp_path / "compare.html").is_file()
-    assert (tmp_path / "rgb+depth+normal-seed0" / "report.html").is_file()
-
-
-def test_methods_rank_by_the_primary_figure(fake: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    table = study.methods("toy-segmentation", THREE, 1, tmp_path)
-    assert "MAE of shade (lower is better) on rooms" in table
-    assert "| method | rgb | depth | normal | ensemble |" in table
-    assert "| depth only |  | 0.4000 |  | 0.4000 |" in table
-    assert "| concat | 0.1250 | 0.1250 | 0.1250 | 0.1250 |" in table
-
-
-MAP = {("points", "NoExchange"): 40.0, ("points,rgb", "NoExchange"): 41.0, ("points,rgb", "ConcatExchange"): 42.0,
-       ("points,rgb", "RandomExchange"): 43.0, ("points,rgb", "TokenExchange"): 44.0}  # fmt: skip
-
-
-def detected(arguments: dict[Path, list[str]], jobs: int) -> None:
-    """In place of training: a detector's figures, 2 higher with every seed; other heads are not to be looked at."""
-    for run, words in arguments.items():
-        recipe = read_recipe(words[0], words[1:])
-        value = MAP[",".join(recipe.data.modalities), recipe.fuser["_target_"].rpartition(".")[2]] + 2 * recipe.seed
-        last = {"map25": value, "ar25": 90.0, "map50": value / 2, "ar50": 80.0}
-        metrics = {"task": "detection3d", "dataset": "rooms", "split": "val", "images": 7, "primary": "map25",
-                   "protocol": "true sizes", "streams": {"proposal": dict.fromkeys(last, 99.0), "last": last},
-                   "checkpoint": "last", "step": recipe.train.steps}  # fmt: skip
-        run.mkdir(parents=True)
-        (run / "metrics.json").write_text(json.dumps(metrics))
-        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-
-
-def test_detectors_are_compared_by_their_last_head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(study, "_run_all", detected)
-    table = study.methods("toy-detection3d", [], 2, tmp_path).splitlines()
-    steps = read_recipe("toy-detection3d").train.steps
-    assert table[:9] == [
-        f"Mean AP on rooms val (7 scenes), {steps} steps, 2 seeds: mean ± standard deviation; true sizes",
-        "",
-        "| method | mAP@0.25, % | mAP@0.50, % |",
-        "|---|---|---|",
-        "| points only | 41.0 ± 1.4 | 20.5 ± 0.7 |",
-        "| no exchange | 42.0 ± 1.4 | 21.0 ± 0.7 |",
-        "| concat | 43.0 ± 1.4 | 21.5 ± 0.7 |",
-        "| random | 44.0 ± 1.4 | 22.0 ± 0.7 |",
-        "| TokenFusion | 45.0 ± 1.4 | 22.5 ± 0.7 |",
-    ]
-    assert (tmp_path / "tokenfusion-seed0" / "report.html").is_file()
-    assert {path.name for path in tmp_path.glob("*-seed1")} == {
-        "points-only-seed1", "no-exchange-seed1", "concat-seed1", "random-seed1", "tokenfusion-seed1"
-    }  # fmt: skip
-
-
-def test_detection_has_no_study_of_modalities(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="images alone find no 3D boxes.*study methods"):
-        study.modalities("toy-detection3d", [], 1, tmp_path)
-    with pytest.raises(UserError, match="has points alone"):
-        study.methods("toy-detection3d", ["data.modalities=[points]"], 1, tmp_path)
-
-
-def test_finished_runs_are_not_repeated(fake: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    table = study.modalities("toy-segmentation", THREE, 1, tmp_path)
-    fake.undo()  # from here on a missing run would be trained
-    fake.setattr(study.subprocess, "run", None)
-    assert study.modalities("toy-segmentation", THREE, 1, tmp_path) == table
-
-
-def test_figures_of_different_protocols_share_no_table(fake: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    study.modalities("toy-segmentation", THREE, 1, tmp_path)
-    path = tmp_path / "rgb+depth-seed0" / "metrics.json"
-    path.write_text(path.read_text().replace('"standard"', '"released"'))
-    fake.undo()
-    with pytest.raises(UserError, match=r"rgb\+depth-seed0: was judged otherwise \(released\)"):
-        study.modalities("toy-segmentation", THREE, 1, tmp_path)
+    part = plan(read_study("demo")[1], own)[0]
+    assert list(part.cells) == ["rgb only", "depth only", "normal only", "late ensemble", "concat", "TokenFusion"]
+    assert list(part.part.columns) == ["rgb", "depth", "normal", "ensemble"]
+    assert part.cells["normal only"][0].overrides[-3:] == ("data.modalities=[normal]", "fuser=none", "seed=0")
+    with pytest.raises(UserError, match="this study has the parts segmentation, detection; one recipe cannot"):
+        plan(read_study("table5")[1], own)
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides", "said"),
+    ("changes", "said"),
     [
-        ("methods", ["fuser=concat"], "fuser=concat: is what this study varies"),
-        ("methods", ["seed=1"], "seed=1: is what this study varies"),
-        ("modalities", ["seed=1"], "seed=1: is what this study varies"),
-        ("modalities", ["fuser=none"], "fuser is none, which this study sets beside"),
-        ("modalities", ["data.modalities=[rgb]"], "has rgb alone"),
+        ({"overrides": ("fuser=concat",)}, "fuser=concat: is what this study varies"),
+        ({"overrides": ("seed=1",)}, "seed=1: is what this study varies"),
+        ({"scale": "full"}, "--scale is full; this study has toy"),
+        ({"recipe": "toy-segmentatio"}, "no recipe named 'toy-segmentatio'; did you mean 'toy-segmentation'"),
     ],
 )
-def test_overrides_that_leave_nothing_to_compare(tmp_path: Path, name: str, overrides: list[str], said: str) -> None:
+def test_wishes_that_cannot_be(trainer: Trainer, outline: str, tmp_path: Path, changes: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        study.STUDIES[name]("toy-segmentation", overrides, 1, tmp_path)
-    assert not list(tmp_path.iterdir())
+        study(outline, wish(tmp_path, **changes))
+    assert trainer.trained == []
 
 
-def test_outcome_names_the_figure(tmp_path: Path) -> None:
-    streams = {"ensemble": {"miou": 45.26, "mae": 0.12345}}
-    assert study._outcome({"streams": streams}) == "ensemble mIoU 45.3"
-    assert study._outcome({"streams": streams, "primary": "mae"}) == "ensemble MAE 0.1235"
-    found = {"task": "detection3d", "primary": "map50", "streams": {"last": {"map50": 12.34}}}
-    assert study._outcome(found) == "last mAP@0.50 12.3"
+def test_rooms_are_drawn_where_nobody_has_them(
+    trainer: Trainer, outline: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+    module = sys.modules[plan.__module__]
+    monkeypatch.setattr(module, "prepare_rooms", lambda out: (drawn.append(out), out.mkdir(parents=True)))
+    study(outline, Wish(Path("out"), seeds=1))
+    study(outline, Wish(Path("out"), seeds=2))
+    assert drawn == [Path("out/rooms")]
+    assert "data.root=out/rooms" in Path("out/rooms/concat-seed0/command.txt").read_text()
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 5, 30, 31, 50, 400])
+def test_quantiles_are_those_of_student(freedom: int) -> None:
+    assert t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=6e-5)
+
+
+def test_differences_are_paired_by_seed() -> None:
+    ours, theirs = {0: 3.0, 1: 5.0, 2: 8.0, 7: 100.0}, {0: 1.0, 1: 2.5, 2: 7.0, 3: -100.0}
+    found = paired(ours, theirs)
+    interval = stats.ttest_rel([3, 5, 8], [1, 2.5, 7]).confidence_interval(0.95)
+    assert found is not None
+    assert found.seeds == 3
+    assert found.half is not None
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((interval.low, interval.high), abs=1e-4)
+    assert paired({0: 3.0}, {0: 1.0}) == (2.0, None, 1)
+    assert paired({0: 3.0}, {1: 1.0}) is None
+
+
+@pytest.fixture(scope="module")
+def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study") / "rooms"
+    api.prepare_rooms(folder, train=4, val=2, height=64, width=96)
+    return folder
+
+
+TINY = ("train.steps=2", "train.batch_size=2", "train.warmup_steps=1", "train.eval_every=0")
+
+
+def test_a_real_run_is_trained_judged_and_resumed_without_its_weights(rooms: Path, tmp_path: Path) -> None:
+    asked = Wish(tmp_path / "out", seeds=1, data=str(rooms), overrides=(*TINY, "data.crop=[64, 96]"), rows=("average",))
+    text = study("rules", asked)
+    assert [row[-1] for row in rows(text)[1:]] == ["0", "1", "0", "0", "0", "0"]
+    run = tmp_path / "out" / "segmentation" / "average-seed0"
+    before = (run / "metrics.json").read_text()
+    judge(run, {"depth missing": {"missing": ["depth"]}})
+    found = json.loads((run / "conditions" / "depth-missing.json").read_text())
+    assert found["evaluation"] == {"missing": ["depth"]}
+    assert found["streams"] != json.loads(before)["streams"]
+    assert (run / "metrics.json").read_text() == before
+    for path in (run / "checkpoints").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    assert study("rules", asked) == text
+    assert (run / "metrics.json").read_text() == before
+    cell = plan(read_study("rules")[1], asked)[0].cells["average"][0]
+    assert is_done(cell)
+    assert not is_done(cell._replace(overrides=(*cell.overrides, "train.steps=3")))
+
+
+def test_a_detector_is_timed(rooms: Path, tmp_path: Path) -> None:
+    recipe = read_recipe("toy-detection3d", [*TINY, f"data.root={rooms}", "data.modalities=[points]", "fuser=none"])
+    api.train(recipe, tmp_path)
+    measure(tmp_path)
+    found = json.loads((tmp_path / "seconds.json").read_text())
+    assert found["timed"] == 2
+    assert 0 < found["seconds"] < 1000
+
+
+def test_the_verb(rooms: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tokenfusion.cli", "study", "rules", "--table", "--out", str(tmp_path / "out")]
+    done = subprocess.run([*command, "--data", str(rooms)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "| late ensemble | – |" in done.stdout
+    assert "page: " in done.stdout
+    done = subprocess.run([*command, "--scale", "tiny"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "tokenfusion: --scale is 'tiny'; wanted toy, small, full\n")

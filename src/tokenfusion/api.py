@@ -15,8 +15,10 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from tokenfusion.backbones import saved
+from tokenfusion.backbones.bridge import Index
 from tokenfusion.backbones.hub import FusedNetwork, FuserFactory
-from tokenfusion.backbones.lockstep import ExchangeFactory, FusedStreams, Index, Pair
+from tokenfusion.backbones.lockstep import EXCHANGE_GIVEN, ExchangeFactory, FusedStreams, Pair
+from tokenfusion.backbones.sharing import Sharing
 from tokenfusion.backbones.weights import local_folder
 from tokenfusion.components import EXCHANGES, FUSER_GIVEN, FUSERS, explain, maker, read_yaml, write_text
 from tokenfusion.data.folder import DatasetSpec
@@ -137,6 +139,7 @@ def fuse(
     score_nets: Literal["stage", "block"] = "block",
     blocks: Sequence[int] | None = None,
     alignment: bool = False,
+    sharing: Sharing = "default",
     seed: int = 0,
     trust: bool = False,
 ) -> FusedNetwork: ...
@@ -181,7 +184,7 @@ def fuse(
             TokenFusion, theta 0.02, whose scores start at 0.95, so that a pretrained network is hardly weakened on the
             first day; by the released rule in a shared network, by the paper's between separate ones.
         example: an input ``[B, ...]``, for modules that are neither of timm nor of Hugging Face; by name for several.
-        score_nets, blocks, alignment: see :class:`~tokenfusion.backbones.hub.FusedNetwork`.
+        score_nets, blocks, alignment, sharing: see :class:`~tokenfusion.backbones.hub.FusedNetwork`.
         projection, mlp: of separate networks, see :class:`~tokenfusion.backbones.lockstep.FusedStreams`.
         seed: of the group allocation with more than two modalities.
         trust: build fusers outside of tokenfusion.
@@ -237,8 +240,11 @@ def _fuse_streams(
     """Separate networks with an exchange by word, by component, or by what makes one."""
     _known(options, FusedStreams)
     fuser = _component(fuser, EXCHANGES, "separate networks take")
-    make = maker(fuser, "fuser", ("dim", "seed"), trust) if isinstance(fuser, Mapping) else fuser
-    return FusedStreams(networks, make, seed=seed, **options)
+    make = maker(fuser, "fuser", EXCHANGE_GIVEN, trust) if isinstance(fuser, Mapping) else fuser
+    model = FusedStreams(networks, make, seed=seed, **options)
+    if isinstance(fuser, Mapping):
+        model.recipe["fuser"] = dict(fuser)
+    return model
 
 
 def _known(options: Mapping[str, Any], kind: type[nn.Module]) -> None:
@@ -272,22 +278,30 @@ def evaluate(
     evaluation: Mapping[str, Any] | None = None,
     checkpoint: str = "last",
     trust: bool = False,
+    to: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Judge a run on a split; writes and returns the content of ``metrics.json``, on the run's own split ``samples/`` too.
+    """Judge a run on a split; writes and returns the content of ``metrics.json``.
+
+    Where the run is judged on its own split, in its own way, with every input as it is, ``samples/`` are written too.
 
     Args:
         run: a run folder.
         data: another data set than the recipe's.
         split: the recipe's validation split unless said otherwise.
         evaluation: keys of the recipe's section ``evaluation`` that shall have other values this time, for example
-            ``{"features": "inception", "feature_weights": "weights.pth"}``.
+            ``{"features": "inception", "feature_weights": "weights.pth"}`` or ``{"missing": ["depth"]}``.
         checkpoint: ``"last"`` or ``"best"`` (best on the validation split during training).
         trust: build components outside of tokenfusion.
+        to: a file to write in place of the run's ``metrics.json``; the run stays as it is.
     """
     run, recipe = Path(run), recipe_of(Path(run))
+    file = run / "metrics.json" if to is None else Path(to)
+    if file.is_dir():
+        raise UserError(f"{file}: a folder; wanted the file that the figures are written to, such as {file}/dark.json")
     model, dataset, state = _loaded(run, recipe, checkpoint, trust, device_of(recipe.train))
     folder, protocol = judged_folder(run, recipe.data.root, data), _protocol(recipe, evaluation)
-    is_own = data is None and split in (None, recipe.data.val) and protocol is None and checkpoint == "last"
+    is_own = data is None and split in (None, recipe.data.val) and checkpoint == "last"
+    is_plain = to is None and protocol is None and recipe.evaluation.are_plain
     split = split or recipe.data.val
     judge = task_package(recipe.task).judge
     figures, write_samples = judge(model, dataset, recipe, folder, split, protocol or recipe.evaluation, trust)
@@ -300,8 +314,9 @@ def evaluate(
         "checkpoint": checkpoint,
         "step": state["step"],
     }
-    write_text(run / "metrics.json", json.dumps(content, indent=1))
-    if is_own:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(content, indent=1))
+    if is_own and is_plain:
         write_samples(run / "samples")
     return content
 
@@ -334,16 +349,20 @@ def predict(
 
 
 def load(
-    path: str | Path, checkpoint: str = "last", trust: bool = False, network: nn.Module | None = None
+    path: str | Path,
+    checkpoint: str = "last",
+    trust: bool = False,
+    network: nn.Module | Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
     """The model of a run folder, or a fused network that was saved, in eval mode.
 
     Args:
-        path: a run folder (the ``--out`` of ``train`` or of ``convert``), what ``save_pretrained()`` of a fused network wrote,
+        path: a run folder (the ``--out`` of ``train`` or of ``convert``), what ``save_pretrained()`` of fused networks wrote,
             or the hub id of an uploaded one; told apart by their files.
         checkpoint: ``"last"`` or ``"best"``, of a run.
         trust: build components outside of tokenfusion.
-        network: of a saved network that cannot be built from its name: a fresh one, as it was given to :func:`fuse`.
+        network: of a saved network that cannot be built from its name: a fresh one, as it was given to :func:`fuse`; of
+            separate networks those that cannot, ``{"audio": network}``.
 
     Example: ``tokenfusion.load("runs/nyu")({"rgb": rgb, "depth": depth}).ensemble``
     """

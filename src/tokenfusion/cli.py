@@ -31,15 +31,17 @@ def _common(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks
 
 @app.command("ls")
 def list_(as_json: Json = False) -> None:
-    """Recipes, fusers, backbones, data sets."""
+    """Recipes, studies, fusers, backbones, data sets."""
     from tokenfusion import tables
     from tokenfusion.api import DATASETS
     from tokenfusion.backbones import mirror, yolos
     from tokenfusion.backbones.mit import DEPTHS
     from tokenfusion.recipe import FUSERS, fusers, shipped
+    from tokenfusion.study import shipped as studies
 
     content = {
         "recipes": shipped(),
+        "studies": studies(),
         "fusers": {name: spec["_target_"] for name, spec in FUSERS.items()},
         "fusers of detection3d": {name: spec["_target_"] for name, spec in fusers("detection3d").items()},
         "backbones": {f"mit-{v}": f"Mix Transformer, depths {' '.join(map(str, d))}" for v, d in DEPTHS.items()}
@@ -134,7 +136,8 @@ def train(
 def evaluate(
     run: Path,
     changes: Annotated[
-        list[str] | None, typer.Argument(help="Another way to judge, this time: evaluation.features=pixels")
+        list[str] | None,
+        typer.Argument(help="Another way to judge, this time: evaluation.features=pixels evaluation.missing='[depth]'"),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Another data set than the recipe's.")] = None,
     split: Annotated[str | None, typer.Option(help="Split, e.g. val.")] = None,
@@ -145,6 +148,7 @@ def evaluate(
     per_class: Annotated[
         bool, typer.Option("--per-class", help="Print IoU, or AP and recall, of every class too.")
     ] = False,
+    to: Annotated[Path | None, typer.Option(help="File to write in place of the run's metrics.json.")] = None,
     trust: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -156,7 +160,7 @@ def evaluate(
     if per_class or multi_scale:
         _check_options(run, api.recipe_of(run).task, per_class, multi_scale)
     evaluation = {**(MULTI_SCALE if multi_scale else {}), **evaluation_changes(changes or [])}
-    metrics = api.evaluate(run, data, split, evaluation, checkpoint, trust)
+    metrics = api.evaluate(run, data, split, evaluation, checkpoint, trust, to)
     if as_json:
         return _json(metrics)
     out_console.print(tables.figures(metrics))
@@ -288,19 +292,35 @@ def bench(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="methods (of fusion) or modalities (one, two, ... of them).")],
+    name: Annotated[
+        str, typer.Argument(help="A study (tokenfusion ls), tableN for the one with Table N, or a YAML file.")
+    ],
     overrides: Overrides = None,
-    recipe: Annotated[str, typer.Option(help="Recipe that all runs share.")] = "toy-segmentation",
-    seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = 1,
-    out: Annotated[Path, typer.Option(help="Folder for runs, table and page.")] = Path("study"),
-    jobs: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1,
+    scale: Annotated[
+        str, typer.Option(help="toy: rooms, two cores; small: a cut-down real set; full: the paper's.")
+    ] = "toy",
+    seeds: Annotated[int, typer.Option(help="Runs per row, with seeds 0, 1, ...", min=1)] = 3,
+    out: Annotated[Path | None, typer.Option(help="Folder for runs and tables; runs/NAME-SCALE.")] = None,
+    data: Annotated[str | None, typer.Option(help="One data set for all runs, in place of the recipes' own.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Your recipe in place of the study's, where it has one part.")
+    ] = None,
+    rows: Annotated[str | None, typer.Option(help="Train these rows only: titles with commas between them.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at a time; one per CUDA device, or one with all cores.", min=1)
+    ] = None,
+    table: Annotated[bool, typer.Option("--table", help="Write the tables of what is done; train nothing.")] = False,
 ) -> None:
-    """Compare fusers, or numbers of modalities, at the same budget; runs that are done are not repeated."""
-    from tokenfusion.study import STUDIES
+    """Compare recipes at the same budget; runs that are done are not repeated, and end in a table and a page."""
+    from tokenfusion.study import SCALES, Wish, read_study
+    from tokenfusion.study import study as carry_out
 
-    if name not in STUDIES:
-        raise UserError(f"no study named {name!r}; known: {', '.join(STUDIES)}")
-    typer.echo(STUDIES[name](recipe, overrides or [], seeds, out, jobs))
+    if scale not in SCALES:
+        raise UserError(f"--scale is {scale!r}; wanted {', '.join(SCALES)}")
+    titles = tuple(title.strip() for title in rows.split(",")) if rows else ()
+    out = out or Path("runs") / f"{read_study(name)[0]}-{scale}"
+    wish = Wish(out, scale, seeds, data, recipe, tuple(overrides or ()), titles)
+    typer.echo(carry_out(name, wish, jobs, train=not table))
 
 
 @app.command()

@@ -28,8 +28,14 @@ FUSERS: dict[str, dict[str, Any]] = {
     "concat": {TARGET: "tokenfusion.fusion.Concat"},
     "average": {TARGET: "tokenfusion.fusion.Average"},
     "random": {TARGET: "tokenfusion.fusion.Random"},
+    "gating": {TARGET: "tokenfusion.fusion.Gating"},
+    "bottleneck": {TARGET: "tokenfusion.fusion.Bottleneck"},
+    "cross-attention": {TARGET: "tokenfusion.fusion.CrossAttention"},
+    "channel": {TARGET: "tokenfusion.fusion.ChannelExchange"},
     "tokenfusion": {TARGET: "tokenfusion.fusion.TokenFusion"},
     "tokenfusion-paper": {TARGET: "tokenfusion.fusion.TokenFusion", "rule": "paper"},
+    "token+channel": {TARGET: "tokenfusion.fusion.TokenChannel"},
+    "mended": {TARGET: "tokenfusion.fusion.MendedFusion"},
 }
 
 # of streams that share no blocks: separate networks, points and images

@@ -9,20 +9,13 @@ from functools import partial
 
 import pytest
 import torch
+from every_fuser import MAKERS
 from torch import nn
 
 from tokenfusion.backbones.fused import FusedBackbone
-from tokenfusion.fusion import Average, Concat, NoFusion, PerModality, Random, TokenFusion
+from tokenfusion.fusion import Context, NoFusion, PerModality, TokenFusion
 
-FUSERS = {
-    "none": NoFusion,
-    "released": partial(TokenFusion, threshold=0.5),
-    "paper": partial(TokenFusion, rule="paper", threshold=0.5),
-    "everything": partial(TokenFusion, threshold=1.0),
-    "concat": Concat,
-    "average": Average,
-    "random": partial(Random, rate=0.4),
-}
+FUSERS = {**MAKERS, "everything": partial(TokenFusion, threshold=1.0)}
 
 
 # ---- structure -----------------------------------------------------------------------------------------------------
@@ -47,13 +40,6 @@ def test_norms_are_private_and_the_rest_is_shared(small_mit) -> None:
             assert isinstance(fused.backbone.get_submodule(name.rsplit(".", 1)[0]), PerModality), name
     shared = sum(p.numel() for p in small_mit().parameters() if p.dim() > 1)
     assert sum(p.numel() for p in fused.backbone.parameters() if p.dim() > 1) == shared
-
-
-def test_other_kinds_can_be_private(small_mit) -> None:
-    """Table 8: everything unshared."""
-    fused = FusedBackbone(small_mit(), ["a", "b"], NoFusion, private=(nn.LayerNorm, nn.Linear, nn.Conv2d))
-    assert sum(p.numel() for p in fused.backbone.parameters()) == 2 * sum(p.numel() for p in small_mit().parameters())
-    assert fused({name: torch.randn(1, 3, 64, 64) for name in "ab"}).maps[3].shape == (2, 1, 32, 2, 2)
 
 
 @pytest.mark.parametrize(("score_nets", "nets"), [("stage", [1, 1, 1, 1]), ("block", [1, 2, 1, 1])])
@@ -87,7 +73,7 @@ def test_fusers_know_their_width_streams_and_stage(small_mit) -> None:
 
 
 def test_rates_are_those_of_the_scores(small_mit, shake, images) -> None:
-    fused = shake(FusedBackbone(small_mit(), ["rgb", "depth"], FUSERS["released"])).eval()
+    fused = shake(FusedBackbone(small_mit(), ["rgb", "depth"], FUSERS["tokenfusion"])).eval()
     scores = fused(images(2)).scores
     rates = fused.rates(scores)
     for name, score in zip(fused.block_names(), scores, strict=True):
@@ -98,11 +84,35 @@ def test_rates_are_those_of_the_scores(small_mit, shake, images) -> None:
     assert fused.threshold == 0.5
 
 
+def test_a_fuser_that_blocks_share_is_told_which_of_them_runs(small_mit, images) -> None:
+    seen: list[int] = []
+
+    class Spy(NoFusion):
+        def leave(self, attended: torch.Tensor, scores: torch.Tensor | None, ctx: Context) -> torch.Tensor:
+            seen.append(ctx.block)
+            return attended
+
+    FusedBackbone(small_mit((1, 3, 1, 1)), ["rgb", "depth"], Spy)(images(2))
+    assert seen == [0, 0, 1, 2, 0, 0]
+
+
+@pytest.mark.parametrize("fuser", sorted(FUSERS))
+def test_scales_are_those_of_the_norms_before_attention(small_segmenter, fuser: str) -> None:
+    """Of every block whose fuser goes by them, in order."""
+    model = small_segmenter(FUSERS[fuser], 3)
+    stages = model.backbone.backbone.stages
+    norms = [block.norm1 for stage in stages for block in stage.blocks] if "channel" in fuser else []
+    expected = [torch.stack([own.weight for own in norm]) for norm in norms]
+    torch.testing.assert_close(model.backbone.scales(), expected, rtol=0, atol=0)
+    last = small_segmenter(FUSERS[fuser], 3, placement="last").backbone.scales()
+    assert [s.shape for s in last] == ([(3, dim) for dim in model.backbone.dims] if "channel" in fuser else [])
+
+
 # ---- input ---------------------------------------------------------------------------------------------------------
 
 
 def test_order_of_the_names_in_the_input_does_not_matter(small_mit, shake, images) -> None:
-    fused = shake(FusedBackbone(small_mit(), ["rgb", "depth"], FUSERS["released"])).eval()
+    fused = shake(FusedBackbone(small_mit(), ["rgb", "depth"], FUSERS["tokenfusion"])).eval()
     x = images(2)
     for a, b in zip(fused(x).maps, fused(dict(reversed(x.items()))).maps, strict=True):
         assert torch.equal(a, b)
@@ -134,7 +144,7 @@ def test_misspelt_options_are_named(small_mit, option: str) -> None:
 # ---- residual positional alignment ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fuser", ["none", "released", "paper", "concat", "average"])
+@pytest.mark.parametrize("fuser", sorted(FUSERS))
 def test_alignment_starts_as_the_identity(small_mit, shake, images, fuser: str) -> None:
     with_, without = (
         shake(FusedBackbone(small_mit(), ["rgb", "depth"], FUSERS[fuser], alignment=flag)) for flag in (True, False)
@@ -145,7 +155,7 @@ def test_alignment_starts_as_the_identity(small_mit, shake, images, fuser: str) 
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("fuser", ["none", "released", "paper", "concat"])
+@pytest.mark.parametrize("fuser", ["none", "tokenfusion", "tokenfusion-paper", "concat"])
 def test_position_gradient_comes_through_the_first_layer_alone(small_mit, shake, images, fuser: str) -> None:
     """Walk the layers by hand with two embeddings: one that the first layer sees, another that all later ones see."""
     fused = shake(FusedBackbone(small_mit(), ["rgb", "depth"], FUSERS[fuser], alignment=True)).double().eval()
@@ -326,7 +336,7 @@ def test_a_network_is_fused_once(small_mit) -> None:
 
 
 def test_flags_of_another_shape_are_refused(small_segmenter, images) -> None:
-    model = small_segmenter(FUSERS["released"])
+    model = small_segmenter(FUSERS["tokenfusion"])
     for present in (torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 2)):
         with pytest.raises(ValueError, match=r"bool \[2, 2\]"):
             model(images(2), present)

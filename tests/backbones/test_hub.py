@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
+from every_fuser import SPECS
 from torch import Tensor, nn
 
 import tokenfusion
@@ -169,7 +170,7 @@ def test_an_answer_without_a_tensor_is_told_when_fusing() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("fuser", [THETA, "concat", "random"])
+@pytest.mark.parametrize("fuser", SPECS.values(), ids=SPECS)
 def test_a_network_of_another_precision(dtype: torch.dtype, fuser: object) -> None:
     model = tokenfusion.fuse(vit().to(dtype), {"rgb": 3, "depth": 1}, fuser).train()
     x = {**images("rgb"), **images("depth", channels=1)}
@@ -233,7 +234,7 @@ def test_checkpointing_of_hugging_face_becomes_ours() -> None:
 
 def test_a_sample_without_any_modality_has_finite_answers() -> None:
     present = torch.tensor([[False, True], [False, True]])
-    for fuser in (THETA, "concat", "average", "random", "none"):
+    for fuser in SPECS.values():
         model = tokenfusion.fuse(vit(), ["rgb", "depth"], fuser).train()
         out = model(images("rgb", "depth"), present)
         assert out.ensemble[0].abs().max() == 0

@@ -161,7 +161,7 @@ def saved_bytes(model: tokenfusion.FusedNetwork) -> int:
     return sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in own)
 
 
-@pytest.mark.parametrize("word", ["tokenfusion", "tokenfusion-paper", "concat"])
+@pytest.mark.parametrize("word", ["tokenfusion", "tokenfusion-paper", "concat", "bottleneck", "cross-attention"])
 def test_recomputing_blocks_saves_memory_and_changes_nothing(fused, word: str) -> None:
     model = fused(WORDS[word])
     plain, much = step(model), saved_bytes(model)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tokenfusion
-from tokenfusion.backbones import saved
+from tokenfusion.backbones import sealed
 from tokenfusion.backbones.dense import DenseBackbone
 from tokenfusion.fusion import Average, Random, TokenFusion
 from tokenfusion.fusion.fusers import Fuser
@@ -42,16 +42,16 @@ def folder(tmp_path: Path, shake) -> Path:
 
 def sign(folder: Path) -> None:
     """A manifest that fits the files, as somebody would write it who changes them on purpose."""
-    lines = [f"{saved._sha256(folder / name)}  {name}\n" for name in (saved.CONFIG, saved.MODEL)]
-    (folder / saved.MANIFEST).write_text("".join(lines))
+    lines = [f"{sealed._sha256(folder / name)}  {name}\n" for name in (sealed.CONFIG, sealed.MODEL)]
+    (folder / sealed.MANIFEST).write_text("".join(lines))
 
 
 def change(folder: Path, **changes) -> None:
-    config = json.loads((folder / saved.CONFIG).read_text())
+    config = json.loads((folder / sealed.CONFIG).read_text())
     for key, value in changes.items():
         place = config["network"] if key in config["network"] else config
         place[key] = value
-    (folder / saved.CONFIG).write_text(json.dumps(config))
+    (folder / sealed.CONFIG).write_text(json.dumps(config))
     sign(folder)
 
 
@@ -100,17 +100,17 @@ def test_read_again_it_answers_alike(tmp_path: Path, shake, make: Callable, moda
     assert again.fused_blocks() == model.fused_blocks()
     assert list(map(type, again.modules())) == list(map(type, model.modules()))
     again.save_pretrained(tmp_path / "twice")
-    assert (tmp_path / "twice" / saved.MANIFEST).read_text() == (tmp_path / "fused" / saved.MANIFEST).read_text()
+    assert (tmp_path / "twice" / sealed.MANIFEST).read_text() == (tmp_path / "fused" / sealed.MANIFEST).read_text()
 
 
 def test_what_is_written(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [
-        saved.MANIFEST,
-        saved.CARD,
-        saved.CONFIG,
-        saved.MODEL,
+        sealed.MANIFEST,
+        sealed.CARD,
+        sealed.CONFIG,
+        sealed.MODEL,
     ]
-    text = (folder / saved.CARD).read_text()
+    text = (folder / sealed.CARD).read_text()
     front, body = text.removeprefix("---\n").split("\n---\n", 1)
     assert yaml.safe_load(front)["library_name"] == "tokenfusion"
     assert {"rgb", "depth", "timm"} <= set(yaml.safe_load(front)["tags"])
@@ -128,9 +128,9 @@ def test_what_is_written(folder: Path) -> None:
 
 
 def test_a_card_that_was_written_on_stays(folder: Path) -> None:
-    (folder / saved.CARD).write_text("mine")
+    (folder / sealed.CARD).write_text("mine")
     tokenfusion.load(folder).save_pretrained(folder)
-    assert (folder / saved.CARD).read_text() == "mine"
+    assert (folder / sealed.CARD).read_text() == "mine"
     tokenfusion.load(folder)
 
 
@@ -159,7 +159,7 @@ def test_dropout_stays(tmp_path: Path, rates: dict[str, float]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / saved.CONFIG).read_text())["network"]["arguments"].items() >= rates.items()
+    assert json.loads((tmp_path / sealed.CONFIG).read_text())["network"]["arguments"].items() >= rates.items()
     again, drops = tokenfusion.load(tmp_path), nn.Dropout
     told = [[repr(m) for m in x.modules() if isinstance(m, drops)] for x in (model, again)]
     assert told[0] == told[1]
@@ -229,7 +229,7 @@ def test_ones_own_network_is_given_when_loading(tmp_path: Path, shake) -> None:
     model = shake(tokenfusion.fuse(Own(), ["a", "b"], "tokenfusion", example=torch.zeros(2, 3, 16, 24)))
     with pytest.warns(UserWarning, match="needs network=|need network="):
         model.save_pretrained(tmp_path)
-    names = load_file(tmp_path / saved.MODEL)
+    names = load_file(tmp_path / sealed.MODEL)
     assert sum(name.endswith(("head.weight", "tied.weight")) for name in names) == 1, "a weight is there once"
     with pytest.raises(tokenfusion.UserError, match="Own cannot be built from its name .*give network="):
         tokenfusion.load(tmp_path)
@@ -275,7 +275,7 @@ def test_foreign_fusers_are_built_when_trusted(tmp_path: Path) -> None:
 
 
 def test_damage_is_told(folder: Path) -> None:
-    weights = folder / saved.MODEL
+    weights = folder / sealed.MODEL
     whole = weights.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
         weights.write_bytes(damaged)
@@ -295,9 +295,9 @@ def test_damage_is_told(folder: Path) -> None:
 
 @pytest.mark.parametrize("content", [None, "", "one two\n", f"{'0' * 64}  other.bin\n", "ä"])
 def test_a_damaged_manifest_is_told(folder: Path, content: str | None) -> None:
-    (folder / saved.MANIFEST).unlink()
+    (folder / sealed.MANIFEST).unlink()
     if content is not None:
-        (folder / saved.MANIFEST).write_text(content)
+        (folder / sealed.MANIFEST).write_text(content)
     with pytest.raises(tokenfusion.UserError, match=r"MANIFEST.sha256: (missing or )?damaged"):
         tokenfusion.load(folder)
 
@@ -327,9 +327,9 @@ def test_a_configuration_that_does_not_fit_is_told(folder: Path, changes: dict, 
 
 
 def test_weights_of_another_network_are_told(folder: Path) -> None:
-    tensors = load_file(folder / saved.MODEL)
+    tensors = load_file(folder / sealed.MODEL)
     tensors.pop(next(iter(tensors)))
-    save_file(tensors, folder / saved.MODEL)
+    save_file(tensors, folder / sealed.MODEL)
     sign(folder)
     with pytest.raises(tokenfusion.UserError, match="weights do not fit test_vit: Missing key"):
         tokenfusion.load(folder)
@@ -343,7 +343,7 @@ def test_what_cannot_be_written_leaves_what_was(folder: Path, monkeypatch: pytes
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saved, "_flush", full)
+    monkeypatch.setattr(sealed, "_flush", full)
     with pytest.raises(tokenfusion.UserError, match="cannot be written .No space left"):
         model.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -361,7 +361,7 @@ def test_saving_that_is_cut_off_leaves_the_old_or_the_new(
     """At every rename, the last of them included; KeyboardInterrupt stands for a kill: nothing is tidied up."""
     model, target = tokenfusion.load(folder), tmp_path / "other" if is_new else folder
     nn.init.constant_(model.ensemble.alpha, 0.25)
-    old = load_file(folder / saved.MODEL)["ensemble.alpha"]
+    old = load_file(folder / sealed.MODEL)["ensemble.alpha"]
     names: list[str] = []
     rename = Path.replace
 
@@ -384,7 +384,7 @@ def test_saving_that_is_cut_off_leaves_the_old_or_the_new(
         assert torch.equal(alpha, model.ensemble.alpha if failing else old)
     nn.init.constant_(model.ensemble.alpha, 0.75)
     model.save_pretrained(target)
-    assert sorted(path.name for path in target.iterdir()) == [saved.MANIFEST, saved.CARD, saved.CONFIG, saved.MODEL]
+    assert sorted(path.name for path in target.iterdir()) == [sealed.MANIFEST, sealed.CARD, sealed.CONFIG, sealed.MODEL]
     assert torch.equal(tokenfusion.load(target).ensemble.alpha, model.ensemble.alpha)
 
 
@@ -394,9 +394,9 @@ def test_a_save_that_was_cut_off_is_finished_before_the_next_begins(
     """The next one fails too, before its own manifest: what the first wrote is not lost."""
     model = tokenfusion.load(folder)
     nn.init.constant_(model.ensemble.alpha, 0.25)
-    os.replace(folder / saved.MODEL, folder / f".{saved.MODEL}.partial")  # as if it were new and not renamed yet
-    monkeypatch.setattr(saved, "save_file", lambda *args, **kwargs: (folder / f".{saved.MODEL}.partial").open("x"))
-    monkeypatch.setattr(saved, "_sha256", lambda path: _cut_off(path, folder))
+    os.replace(folder / sealed.MODEL, folder / f".{sealed.MODEL}.partial")  # as if it were new and not renamed yet
+    monkeypatch.setattr(sealed, "save_file", lambda *args, **kwargs: (folder / f".{sealed.MODEL}.partial").open("x"))
+    monkeypatch.setattr(sealed, "_sha256", lambda path: _cut_off(path, folder))
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(folder)
     monkeypatch.undo()
@@ -405,7 +405,7 @@ def test_a_save_that_was_cut_off_is_finished_before_the_next_begins(
 
 def _cut_off(path: Path, folder: Path) -> str:
     """A checksum, until there is the partial file of a new configuration."""
-    if (folder / f".{saved.CONFIG}.partial").exists():
+    if (folder / f".{sealed.CONFIG}.partial").exists():
         raise KeyboardInterrupt
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

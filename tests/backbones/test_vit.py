@@ -8,18 +8,18 @@ import re
 
 import pytest
 import torch
+from every_fuser import MAKERS, SCORING
 from torch import nn
 from torch.nn import functional as F
 
 from tokenfusion.backbones.vit import MLP, SIZES, Attention, ViT, ViTBlock, resampled, vit
 from tokenfusion.backbones.yolos_keys import from_deit, load_deit
 from tokenfusion.errors import UserError
-from tokenfusion.fusion import Average, Concat, NoFusion, Random, TokenFusion, make_private
+from tokenfusion.fusion import NoFusion, make_private
 from tokenfusion.fusion.fusers import Context
 
 # parameters of the published classifiers, less their last layer
 COUNTS = {"ti": 5_717_416 - 193_000, "s": 22_050_664 - 385_000, "b": 86_567_656 - 769_000}
-FUSERS = {"none": NoFusion, "released": TokenFusion, "concat": Concat, "average": Average, "random": Random}
 
 
 @pytest.fixture
@@ -165,16 +165,16 @@ def test_without_fusion_a_block_with_private_norms_is_the_plain_block(streams) -
         torch.testing.assert_close(own, block(expected, (2, 3)))
 
 
-@pytest.mark.parametrize("fuser", sorted(FUSERS))
+@pytest.mark.parametrize("fuser", sorted(MAKERS))
 @pytest.mark.parametrize("missing", [False, True], ids=["complete", "missing"])
 def test_every_fuser_runs_on_it(streams, shake, fuser: str, missing: bool) -> None:
     _, private, x = streams
     present = torch.tensor([[True] * 4, [True, False, True, True]]) if missing else None
-    fuse = shake(FUSERS[fuser](12, 2)).eval()
+    fuse = shake(MAKERS[fuser](12, 2)).eval()
     fused, scores = fuse(private, x, Context((2, 3), prefix=1, present=present))
     assert fused.shape == x.shape
     assert fused.isfinite().all()
-    assert (scores is not None) == (fuser == "released")
+    assert (scores is not None) == (fuser in SCORING)
     assert scores is None or scores.shape == (2, 4, 6), "the class token is not scored"
 
 

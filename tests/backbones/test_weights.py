@@ -142,39 +142,44 @@ def test_fetch_reads_a_local_path(tmp_path: Path) -> None:
     assert list(fetch(str(tmp_path / "x.pth"))) == list(TENSORS)
 
 
-def _hub(monkeypatch: pytest.MonkeyPatch, files: dict[str, Path]) -> list[str]:
-    """A hub that holds these files; what was asked of it."""
+def _hub(monkeypatch: pytest.MonkeyPatch, holds: Path | None) -> list[str]:
+    """A hub that holds the files of a folder, or is out of reach; what was asked of it."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
     asked: list[str] = []
 
-    def download(repo: str, file: str) -> str:
-        asked.append(f"{repo}/{file}")
-        if file not in files:
-            raise RuntimeError(f"404 for {file}\nRequest id 1")
-        return str(files[file])
+    def download(repo: str, allow_patterns: str) -> str:
+        asked.append(f"{repo}/{allow_patterns}")
+        if holds is None:
+            raise RuntimeError("no way to the hub\nRequest id 1")
+        return str(holds)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     return asked
 
 
 def test_fetch_takes_what_the_hub_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.save(TENSORS, tmp_path / "x.bin")
-    asked = _hub(monkeypatch, {"pytorch_model.bin": tmp_path / "x.bin"})
+    torch.save(TENSORS, tmp_path / "pytorch_model.bin")
+    asked = _hub(monkeypatch, tmp_path)
     assert list(fetch("someone/mit-b2")) == list(TENSORS)
     assert asked[0] == "someone/mit-b2/model.safetensors"
 
 
-def test_fetch_without_a_hub_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    _hub(monkeypatch, {})
-    with pytest.raises(
-        UserError, match=r"^someone/mit-b2: could not be fetched .*404 for model.safetensors.*local path$"
-    ):
+def test_fetch_without_a_hub_says_so_in_one_line_and_asks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _hub(monkeypatch, None)
+    with pytest.raises(UserError, match=r"^someone/mit-b2: could not be fetched .*no way to the hub\); .*local path$"):
+        fetch("someone/mit-b2")
+    assert len(asked) == 1
+
+
+def test_fetch_of_what_holds_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _hub(monkeypatch, tmp_path)
+    with pytest.raises(UserError, match=r"^someone/mit-b2: the hub holds none of model\.safetensors, .* there; give"):
         fetch("someone/mit-b2")
 
 
 @pytest.mark.parametrize("name", ["weights/mit_b2.pth", "runs/model.safetensors", "x/y.pth.tar", "x/y.bin"])
 def test_a_mistyped_local_file_is_not_looked_up_on_the_hub(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    asked = _hub(monkeypatch, {})
+    asked = _hub(monkeypatch, None)
     with pytest.raises(UserError, match=re.escape(name)):
         fetch(name)
     assert not asked

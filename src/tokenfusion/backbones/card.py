@@ -1,63 +1,104 @@
-"""The model card of a saved network: facts that the model itself tells."""
+"""The model card of a saved model: facts that the model itself tells."""
 
 from __future__ import annotations
 
 import inspect
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from tokenfusion.backbones.blueprint import NetworkSpec
+from tokenfusion.backbones.config import SavedConfig, SeparateConfig, SharedConfig, batch_of, index_maps
 from tokenfusion.backbones.hub import FusedNetwork
-from tokenfusion.components import TARGET
+from tokenfusion.backbones.lockstep import FusedStreams
+from tokenfusion.components import TARGET, find
 
-if TYPE_CHECKING:
-    from tokenfusion.backbones.saved import SavedConfig
+LIBRARY = {"timm": "timm's ", "hf": "Hugging Face's ", "module": ""}
+TAG = {"timm": ["timm"], "hf": ["transformers"], "module": []}
 
 
-def card(model: FusedNetwork, config: SavedConfig, name: str) -> str:
+def card(model: FusedNetwork | FusedStreams, config: SharedConfig | SeparateConfig, name: str) -> str:
     """The text of ``README.md``; the licence is the author's to choose."""
-    network, fuser = config.network, model.fusers[0] if len(model.fusers) else model.plain
-    channels = model.channels or [config.example[1]] * len(model.modalities)
-    sizes = dict(zip(model.modalities, channels, strict=True))
-    library = {"timm": ["timm"], "hf": ["transformers"], "module": []}[network.kind]
-    tags = ["tokenfusion", "multimodal", "vision-transformer", *library, *model.modalities]
-    arguments = ", ".join(f"{k} {v}" for k, v in config.fuser.items() if k != TARGET and v is not None)
-    says = " ".join(inspect.cleandoc(type(fuser).__doc__ or "").split("\n\n")[0].split())
-    shape = ", ".join(map(str, config.example[2:]))
-    inputs = ", ".join(f'"{key}": torch.randn(1, {n}, {shape})' for key, n in sizes.items())
-    given = f", network={network.name}(...)" if network.kind == "module" else ""
-    what = ", ".join(f"{key} ({n} channel{'s' * (n > 1)})" for key, n in sizes.items())
-    done = "".join(f"- {line}\n" for line in model.account)
+    specs = config.networks().values()
+    tags = ["tokenfusion", "multimodal", "vision-transformer", *(tag for spec in specs for tag in TAG[spec.kind])]
+    facts = _of_one(model, config) if isinstance(model, FusedNetwork) else _of_several(config)
     lines = [
         "---",
         "library_name: tokenfusion",
         "tags:",
-        *(f"- {json.dumps(tag)}" for tag in dict.fromkeys(tags)),
+        *(f"- {json.dumps(tag)}" for tag in dict.fromkeys([*tags, *model.modalities])),
         "# license: yours to choose; mind that of the weights you started from",
         "---",
         "",
-        f"# {name}: {network.name} over {' + '.join(model.modalities)}",
+        f"# {name}: {' + '.join(dict.fromkeys(spec.name for spec in specs))} over {' + '.join(model.modalities)}",
         "",
-        f"One network for {len(sizes)} aligned modalities: {what}.",
-        f"The base network is {_base(model, network)}; all streams share its weights and each has its own norms.",
-        f"{len(model.survey.blocks)} blocks, {sum(p.numel() for p in model.parameters()):,} parameters.",
-        *(["", done.rstrip()] if done else []),
+        *facts,
+        f"{sum(p.numel() for p in model.parameters()):,} parameters.",
+        *_listed(model.account),
         "",
-        f"**Exchange.** {type(fuser).__name__}: {says}" + (f" Here: {arguments}." if arguments else ""),
+        _exchange(config),
         "",
         "```python",
         "import tokenfusion",
         "import torch",
         "",
-        f'model = tokenfusion.load("{name}"{given})  # this folder, or its hub id',
-        f"out = model({{{inputs}}})  # a modality may be left out",
+        f'model = tokenfusion.load("{name}"{_given(config)})  # this folder, or its hub id',
+        f"out = model({{{_inputs(config, batch_of(index_maps(model)))}}})  # a modality may be left out",
         "out.ensemble, out.outputs, out.scores",
         "```",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _base(model: FusedNetwork, network: NetworkSpec) -> str:
+def _of_one(model: FusedNetwork, config: SharedConfig | SeparateConfig) -> list[str]:
+    channels = {name: x.shape[1] for name, x in config.inputs().items()}
+    what = ", ".join(f"{name} ({n} channel{'s' * (n > 1)})" for name, n in channels.items())
+    return [
+        f"One network for {len(channels)} aligned modalities: {what}.",
+        f"The base network is {_base(config.networks()[''])}; all streams share its weights and each has its own norms.",
+        f"{len(model.survey.blocks)} blocks.",
+    ]
+
+
+def _of_several(config: SharedConfig | SeparateConfig) -> list[str]:
+    specs, inputs = config.networks(), config.inputs()
+    each = (f"{name}: {_base(spec)}, input {list(inputs[name].shape[1:])}" for name, spec in specs.items())
+    return [
+        f"{len(specs)} separate networks in lockstep: before every step their streams exchange tokens.",
+        *_listed(each),
+        "",
+    ]
+
+
+def _listed(lines: Iterable[str]) -> list[str]:
+    listed = [f"- {line}" for line in lines]
+    return ["", *listed] if listed else []
+
+
+def _exchange(config: SavedConfig) -> str:
+    """What decides, in the words of its class."""
+    decides = find(config.fuser[TARGET], "fuser", True)
+    says = " ".join(inspect.cleandoc(decides.__doc__ or "").split("\n\n")[0].split())
+    arguments = ", ".join(f"{k} {v}" for k, v in config.fuser.items() if k != TARGET and v is not None)
+    return f"**Exchange.** {decides.__name__}: {says}" + (f" Here: {arguments}." if arguments else "")
+
+
+def _given(config: SavedConfig) -> str:
+    """What loading wants beside the folder."""
+    wanted = {name: f"{spec.name}(...)" for name, spec in config.networks().items() if spec.kind == "module"}
+    if not wanted:
+        return ""
+    by_name = ", ".join(f'"{name}": {made}' for name, made in wanted.items())
+    return f", network={wanted['']}" if "" in wanted else f", network={{{by_name}}}"
+
+
+def _inputs(config: SavedConfig, batch: int) -> str:
+    drawn = {}
+    for name, x in config.inputs(batch).items():
+        shape = ", ".join(map(str, x.shape))
+        drawn[name] = f"torch.randn({shape})" if x.is_floating_point() else f"torch.zeros({shape}, dtype=torch.long)"
+    return ", ".join(f'"{name}": {text}' for name, text in drawn.items())
+
+
+def _base(network: NetworkSpec) -> str:
     arguments = ", ".join(f"{k} {v}" for k, v in network.arguments.items()) if network.kind == "timm" else ""
-    library = {"timm": "timm's ", "hf": "Hugging Face's ", "module": ""}[network.kind]
-    return f"{library}{network.name}" + (f" ({arguments})" if arguments else "")
+    return f"{LIBRARY[network.kind]}{network.name}" + (f" ({arguments})" if arguments else "")

@@ -95,6 +95,7 @@ class Column:
 
     def __init__(self, name: str, network: nn.Module, example: Tensor, alignment: bool) -> None:
         self.name, self.example, self.kind = name, example[:1], type(network).__name__
+        self.example_size = example.shape
         plans = survey(network, example, lambda x: call(network, x)).blocks
         for before, plan in itertools.pairwise(plans):
             if plan.stage:

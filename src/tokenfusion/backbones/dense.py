@@ -15,6 +15,7 @@ from tokenfusion.backbones.held import grid_of_tokens
 from tokenfusion.backbones.hub import FusedNetwork, FuserFactory
 from tokenfusion.backbones.keys import from_hf_dinov2
 from tokenfusion.backbones.plan import BlockPlan
+from tokenfusion.backbones.sharing import Sharing
 from tokenfusion.backbones.survey import evaluating
 from tokenfusion.backbones.weights import StateDict, fetch, load_into
 from tokenfusion.errors import UserError
@@ -33,7 +34,8 @@ class DenseBackbone(FusedNetwork):
     next ones, so that the maps cover the whole image.
 
     Args:
-        network, modalities, fuser, score_nets, blocks, alignment: see :class:`~tokenfusion.backbones.hub.FusedNetwork`.
+        network, modalities, fuser, score_nets, blocks, alignment, sharing: as of
+            :class:`~tokenfusion.backbones.hub.FusedNetwork`.
         frozen: number of blocks, counted from the input, that keep their weights, and the stem with them.
 
     Shape: ``{name: [B, C, H, W]} -> FusedFeatures``.
@@ -48,8 +50,9 @@ class DenseBackbone(FusedNetwork):
         blocks: Sequence[int] | None = None,
         alignment: bool = False,
         frozen: int = 0,
+        sharing: Sharing = "default",
     ) -> None:
-        super().__init__(network, modalities, fuser, None, score_nets, blocks, alignment)
+        super().__init__(network, modalities, fuser, None, score_nets, blocks, alignment, sharing)
         del self.ensemble  # a task has its own, of its predictions
         plans = self.survey.blocks
         if any(plan.grid is None for plan in plans):
@@ -58,7 +61,9 @@ class DenseBackbone(FusedNetwork):
             )
         self.levels = _levels(plans)
         self.dims = [plans[b].dim for b in self.levels]
-        self.norms = nn.ModuleList(PerModality(nn.LayerNorm(dim), len(self.modalities)) for dim in self.dims)
+        norms: list[nn.Module] = [nn.LayerNorm(dim) for dim in self.dims]
+        own = norms if sharing == "shared" else [PerModality(norm, len(self.modalities)) for norm in norms]
+        self.norms = nn.ModuleList(own)
         if self.example_size[1] != CHANNELS:
             raise UserError(
                 f"model.backbone: takes {self.example_size[1]} channels; every modality comes with {CHANNELS}"

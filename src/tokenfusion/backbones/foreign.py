@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenfusion.backbones.plan import BlockPlan
+from tokenfusion.backbones.weights import hub_file
 from tokenfusion.errors import UserError, nearest, require
 from tokenfusion.fusion.fusers import Grid
 
@@ -107,6 +109,8 @@ def hf_network(name: str, pretrained: bool = False) -> nn.Module:
     """
     transformers = require("transformers", "hf")
     try:
+        if not Path(name).exists():
+            hub_file(name, "config.json")  # fails at once where the hub is out of reach
         if pretrained:
             return transformers.AutoModel.from_pretrained(name)
         return transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(name))

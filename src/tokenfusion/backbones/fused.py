@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from tokenfusion.backbones.block import PreNormBlock
 from tokenfusion.backbones.keys import from_mit
 from tokenfusion.backbones.mit import Pyramid, to_map
+from tokenfusion.backbones.sharing import Sharing, divide
 from tokenfusion.backbones.weights import fetch, load_into
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.alignment import LearnedPosition
+from tokenfusion.fusion.channels import scales_of
 from tokenfusion.fusion.exchange import ExchangeRates
 from tokenfusion.fusion.fusers import Context, Fuser, NoFusion
-from tokenfusion.fusion.modality import check_names, make_private, merge, presence, silenced, split
+from tokenfusion.fusion.modality import check_names, merge, presence, silenced, split
 
 FuserFactory = Callable[[int, int, int], Fuser]  # (dim, modalities, stage)
 
@@ -40,7 +42,7 @@ class FusedBackbone(nn.Module):
             ``"block"``: one each (the paper's ``s^l``).
         placement: ``"every"`` block fuses, or only the ``"last"`` one of each stage, and none of a decoder (released).
         alignment: residual positional alignment (Sec. 3.3).
-        private: kinds of layers that every modality has for itself.
+        sharing: all but the norms (``"default"``), the norms too (``"shared"``), or nothing (``"unshared"``).
 
     Shape: ``{name: [B, C, H, W]} -> FusedFeatures``. Names that are left out are missing modalities; ``present`` says the same
     per sample; every sample needs one at least. A missing stream starts as zeros after the stem.
@@ -54,7 +56,7 @@ class FusedBackbone(nn.Module):
         score_nets: Literal["stage", "block"] = "stage",
         placement: Literal["every", "last"] = "every",
         alignment: bool = False,
-        private: tuple[type[nn.Module], ...] = (nn.LayerNorm,),
+        sharing: Sharing = "default",
     ) -> None:
         super().__init__()
         if score_nets not in ("stage", "block"):
@@ -65,7 +67,7 @@ class FusedBackbone(nn.Module):
             raise ValueError(f"modalities must be different names, at least one; got {list(modalities)}")
         self.modalities = tuple(modalities)
         self.placement = placement
-        make_private(backbone, len(modalities), private)
+        divide(backbone, len(modalities), sharing, (nn.LayerNorm,))
         self.backbone = backbone
         self.fusers = nn.ModuleList()
         for index, stage in enumerate(backbone.parts()):
@@ -127,6 +129,15 @@ class FusedBackbone(nn.Module):
             for name, (s, b), scores in zip(self.block_names(), self.fused_blocks(), features_scores, strict=True)
         }
 
+    def scales(self) -> list[Tensor]:
+        """Of the norms before attention, per block whose fuser goes by them: ``[M, C]`` (Eq. 10)."""
+        return [
+            scales_of(cast("PreNormBlock", block).norm1, len(self.modalities))
+            for s, stage in enumerate(self.backbone.parts())
+            for b, block in enumerate(stage.blocks)
+            if self.fuser_of(s, b).uses_scales
+        ]
+
     def score_maps(self, scores: Sequence[Tensor], size: Sequence[int]) -> dict[str, Tensor]:
         """Scores per fused block ``[M, B, N]`` as maps ``{block name: [M, B, h, w]}``; ``size``: rows, columns of the image."""
         maps = {}
@@ -182,6 +193,7 @@ class FusedBackbone(nn.Module):
                 tokens = tokens + position  # the first layer learns the embedding ...
             else:
                 ctx.position = None if position is None else position.detach()  # ... later ones only repeat it
+            ctx.block = b
             tokens, decided = self.fuser_of(index, b)(cast("PreNormBlock", block), tokens, ctx)
             if decided is not None:
                 scores.append(decided)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from tokenfusion.backbones.plan import BlockPlan
-from tokenfusion.backbones.survey import first_tensor, is_norm
+from tokenfusion.backbones.survey import first_tensor
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.baselines import keys_of
 from tokenfusion.fusion.fusers import Context, Entry, Fuser, Grid
@@ -47,8 +47,8 @@ class Door(threading.local):
 class FusedBlock(nn.Module):
     """A foreign block in its place; outside of a fused forward pass it runs as if it stood there alone.
 
-    Its own forward pass does the work. The fuser decides on its input, on what its norm gives (the paper's rule) and on its
-    attention's residual branch, through hooks on the block's children.
+    Its own forward pass does the work. The fuser decides on its input, on what its norm gives (the paper's rule, channels)
+    and on its attention's residual branch, through hooks on the block's children.
     """
 
     def __init__(self, block: nn.Module, plan: BlockPlan, index: int, modalities: int, door: Door) -> None:
@@ -85,19 +85,31 @@ class FusedBlock(nn.Module):
         name = self.named if self.named in kwargs else next(iter(kwargs))
         return run.block(self, kwargs[name], (), {key: value for key, value in kwargs.items() if key != name})
 
-    def run(self, x: Tensor, fuser: Fuser, ctx: Context, args: Any, kwargs: Any) -> tuple[Any, Tensor | None]:
-        """The block on all streams ``x`` ``[M*B, ...]``: its output, and the scores ``[M, B, N]``."""
+    def run(
+        self, x: Tensor, fuser: Fuser, ctx: Context, args: Any, kwargs: Any
+    ) -> tuple[Any, Tensor | None, Tensor | None]:
+        """The block on all streams ``x`` ``[M*B, ...]``: its output, the scores ``[M, B, N]``, what is carried on."""
+        ctx = replace(ctx)  # computed again in a backward pass, it starts from the same
         entry = fuser.enter(split(self.plan.layout.tokens(x), self.modalities), ctx)
-        return self.under(Step(fuser, entry, ctx), x, args, kwargs), entry.scores
+        return self.under(Step(fuser, entry, ctx), x, args, kwargs), entry.scores, ctx.carried
 
     def under(self, step: Step, x: Tensor, args: Any, kwargs: Any) -> Any:
         """The block on the tokens that were decided on, in the shape of its own input ``x``: its output."""
         self.door.step = step
         try:
             x = self.plan.layout.back(merge(step.entry.x), x)
-            return self.block(x, *args, **kwargs) if self.keyword is None else self.block(**{self.keyword: x}, **kwargs)
+            if step.entry.beside is None:
+                return self._called(x, args, kwargs)
+            output = self._called(torch.cat([x, merge(step.entry.beside)], 1), args, kwargs)
+            whole = cast("Tensor", first_tensor(output))
+            step.fuser.carry(split(whole[:, x.shape[1] :], self.modalities), step.ctx)
+            own = whole[:, : x.shape[1]]
+            return (own, *output[1:]) if isinstance(output, tuple) else own
         finally:
             self.door.step = None
+
+    def _called(self, x: Tensor, args: Any, kwargs: Any) -> Any:
+        return self.block(x, *args, **kwargs) if self.keyword is None else self.block(**{self.keyword: x}, **kwargs)
 
     def _at_branch(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         step = self.door.step
@@ -122,10 +134,12 @@ class FusedBlock(nn.Module):
 
     def _behind_norm(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         step = self.door.step
-        if step is None or step.entry.weight is None or self.plan.norm_layout is None:
+        if step is None or self.plan.norm_layout is None:
             return None
-        weighed = self.plan.norm_layout.tokens(output) * merge(step.entry.weight).unsqueeze(-1)
-        return self.plan.norm_layout.back(weighed, output)
+        if step.entry.weight is None and not step.fuser.works_on_normed:
+            return None
+        normed = split(self.plan.norm_layout.tokens(output), self.modalities)
+        return self.plan.norm_layout.back(merge(step.fuser.between(normed, module, step.entry, step.ctx)), output)
 
     def _unite(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Attention over the union of the streams: every sample's tokens of all streams in one row."""
@@ -199,29 +213,3 @@ def grid_of_tokens(plan: BlockPlan, tokens: int, size: Sequence[int], example_si
         return plan.grid
     rows = round(plan.grid[0] * size[-2] / example_size[-2])
     return (rows, tokens // rows) if rows and tokens % rows == 0 else (1, tokens)
-
-
-def misfit(fuser: Fuser, plan: BlockPlan, block: nn.Module) -> str | None:
-    """What a block lacks for a fuser; None where they fit."""
-    if fuser.weighs_input and plan.parts.norm is None:
-        return "has no norm before its attention, where the paper's rule weighs the tokens"
-    return _not_united(plan, block) if fuser.attends_to_all else None
-
-
-def _not_united(plan: BlockPlan, block: nn.Module) -> str | None:
-    """Why an attention cannot attend over a union of streams: it must treat its tokens as a set."""
-    if not plan.parts.is_global:
-        return "attends inside windows, to a pooled map, or with positions given to it, which a union of streams does not have"
-    attention = block.get_submodule(plan.parts.attention)
-    if any(is_norm(module) for module in attention.modules()):
-        return "norms queries and keys privately inside its attention"
-    some = next(attention.parameters())
-    x = torch.randn(1, 6, plan.dim, generator=torch.Generator().manual_seed(0)).to(some.device)
-    try:
-        attention = copy.deepcopy(attention).float().eval()  # a copy, as half precision would not tell
-        with torch.no_grad():
-            y, turned = (first_tensor(attention(z)) for z in (x, x.flip(1)))
-    except Exception as error:  # whatever a foreign module raises
-        return f"attends to a fixed number of tokens only ({str(error).splitlines()[0][:80]})"
-    close = y is not None and turned is not None and torch.allclose(y.flip(1), turned, rtol=1e-3, atol=1e-4)
-    return None if close else "tells its attention where a token stands"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,19 @@ from torch.utils import checkpoint
 from torch.utils._pytree import tree_map
 
 from tokenfusion.backbones.foreign import answer_of, call, example_of, position_of, weight_of
-from tokenfusion.backbones.held import Door, FusedBlock, check_unfused, grid_at, hold_blocks, misfit
+from tokenfusion.backbones.held import Door, FusedBlock, check_unfused, grid_at, hold_blocks
+from tokenfusion.backbones.misfit import misfit
 from tokenfusion.backbones.plan import BlockPlan, Survey
+from tokenfusion.backbones.sharing import OwnLayer, Sharing, check_divisible, divide
 from tokenfusion.backbones.stems import Stems, adapt_stem
 from tokenfusion.backbones.survey import first_tensor, is_norm, survey
 from tokenfusion.components import component_of
 from tokenfusion.errors import UserError
+from tokenfusion.fusion.channels import scales_of
 from tokenfusion.fusion.ensemble import LearnedEnsemble
 from tokenfusion.fusion.exchange import ExchangeRates
 from tokenfusion.fusion.fusers import Context, Fuser, Grid, NoFusion
-from tokenfusion.fusion.modality import PerModality, check_names, make_private, merge, presence, silenced, split
+from tokenfusion.fusion.modality import PerModality, check_names, merge, presence, silenced, split
 from tokenfusion.fusion.scores import Reduction, sparsity_loss
 
 FuserFactory = Callable[[int, int, int], Fuser]  # (dim, modalities, stage)
@@ -52,6 +55,7 @@ class _Run:
     def __init__(self, model: FusedNetwork, present: Tensor | None, size: torch.Size, wanted: Sequence[int]) -> None:
         self.model, self.present, self.size, self.wanted = model, present, size, set(wanted)
         self.is_first = True
+        self.carried: Tensor | None = None
         self.scores: list[Tensor] = []
         self.maps: list[Tensor] = []  # [M, B, C, h, w]
 
@@ -60,14 +64,15 @@ class _Run:
         if self.is_first:
             self.is_first = False
             x = merge(silenced(split(x, len(model.modalities)), self.present))  # a missing stream starts as zeros
-        ctx = Context(
-            model.grid_of(plan, x, self.size), plan.prefix, model.position_of(place, x, self.size), self.present
-        )
+        grid, position = model.grid_of(plan, x, self.size), model.position_of(place, x, self.size)
+        carried = self.carried if self.carried is not None and self.carried.shape[-1] == plan.dim else None
+        ctx = Context(grid, plan.prefix, position, self.present, carried, place.index)
         fuser = model.fuser_of(place.index)
         if model.recomputes and torch.is_grad_enabled():
-            output, scores = checkpoint.checkpoint(place.run, x, fuser, ctx, args, kwargs, use_reentrant=False)
+            ran = checkpoint.checkpoint(place.run, x, fuser, ctx, args, kwargs, use_reentrant=False)
         else:
-            output, scores = place.run(x, fuser, ctx, args, kwargs)
+            ran = place.run(x, fuser, ctx, args, kwargs)
+        output, scores, self.carried = ran
         if scores is not None:
             self.scores.append(scores)
         if place.index in self.wanted:
@@ -77,7 +82,7 @@ class _Run:
 
 
 class FusedModel(nn.Module):
-    """What fused networks of both kinds do: remember the scores for the penalty, recompute blocks."""
+    """What fused networks of both kinds do: remember the scores for the penalty, recompute blocks, be saved."""
 
     def __init__(self, modalities: tuple[str, ...]) -> None:
         super().__init__()
@@ -85,6 +90,7 @@ class FusedModel(nn.Module):
         self.recomputes = False
         self.ensemble = LearnedEnsemble(len(modalities))
         self.account: list[str] = []  # what was done to the networks, in sentences
+        self.recipe: dict[str, Any] = {}  # what a saved one is built from
         self._scores: list[Tensor] | None = None
         self._switches: list[tuple[nn.Module, str]] = []  # of the networks' own gradient checkpointing
 
@@ -122,6 +128,44 @@ class FusedModel(nn.Module):
         """Recompute every block in the backward pass, to save memory; the network's own switch cannot see the fusers."""
         self.recomputes = enable
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights, how to build the networks, checksums and a model card (one that is there stays as it is).
+
+        ``huggingface_hub.upload_folder`` brings the folder to the hub. Networks of timm and of Hugging Face are built anew from
+        their name and arguments; that is tried out here, and where the copy would answer differently, a warning says that
+        loading needs ``network=``.
+
+        Raises:
+            UserError: where the fuser has no name to write down, a projection is a function, or the folder cannot be written.
+        """
+        from tokenfusion.backbones import saved  # which needs this file
+
+        saved.save(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, network: nn.Module | Mapping[str, nn.Module] | None = None, trust: bool = False
+    ) -> Self:
+        """The fused model of a folder that :meth:`save_pretrained` wrote, or of its hub id, in eval mode.
+
+        Args:
+            path: folder or hub id.
+            network: a fresh one, as it was given to ``fuse()``, where it cannot be built from its name; of separate networks
+                those that cannot, ``{"audio": network}``.
+            trust: build fusers outside of tokenfusion.
+
+        Raises:
+            UserError: where a file is missing, damaged or of another version, or the network is wanted or does not fit.
+        """
+        from tokenfusion.backbones import saved
+
+        model = saved.load(path, network, trust)
+        if not isinstance(model, cls):
+            raise UserError(
+                f"{path}: holds a {type(model).__name__}, not a {cls.__name__}; tokenfusion.load() reads both"
+            )
+        return model
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles leave the last scores out: they belong to a graph."""
         return {**self.__dict__, "_scores": None}
@@ -143,6 +187,7 @@ class FusedNetwork(FusedModel):
         alignment: residual positional alignment: the network's own position embedding is re-added before every block but the
             first, its gradient stopped. Networks whose attention is told positions in every layer (relative, rotary,
             windows) and those that have none are left as they are.
+        sharing: all layers but the norms (``"default"``), the norms too (``"shared"``), or none (``"unshared"``; Table 8).
 
     Shape: ``{name: [B, C, H, W]} -> FusedOutput``; names that are left out are missing modalities; ``present`` bool ``[M, B]``
     says the same per sample.
@@ -160,6 +205,7 @@ class FusedNetwork(FusedModel):
         score_nets: str = "block",
         blocks: Sequence[int] | None = None,
         alignment: bool = False,
+        sharing: Sharing = "default",
     ) -> None:
         super().__init__(tuple(modalities))
         if score_nets not in ("stage", "block"):
@@ -184,10 +230,16 @@ class FusedNetwork(FusedModel):
                 self.fusers.append(_made(fuser, plan, len(modalities)))
             self._fuser_at[index] = of_stage[plan.stage]
             _check_fits(self.fuser_of(index), plan, network.get_submodule(plan.name))
+        if sharing == "unshared":
+            if any(fuser.attends_to_all for fuser in self.fusers):
+                raise UserError(
+                    "sharing is 'unshared', but the fuser unites the streams in a shared attention; choose another"
+                )
+            check_divisible(network, len(modalities), example)
         # all is well: only now the network is touched
         if isinstance(modalities, Mapping):
             self.account += adapt_stem(network, self.survey.stem, modalities)
-        make_private(network, len(modalities), is_norm)
+        divide(network, len(modalities), sharing, is_norm)
         self.take_over_checkpointing(network)
         self._door = Door()
         hold_blocks(network, plans, len(modalities), self._door)
@@ -199,43 +251,14 @@ class FusedNetwork(FusedModel):
         for ours in (self.fusers, self.ensemble):
             ours.to(weight_of(network))
         component = component_of(fuser)
-        self.recipe: dict[str, Any] = {  # what a saved one is built from
+        self.recipe = {
             "seed": (component or {}).pop("seed", 0),
             "fuser": component,
             "score_nets": score_nets,
             "blocks": None if blocks is None else fusing,
             "alignment": alignment,
+            "sharing": sharing,
         }
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights, how to build the network, checksums and a model card (one that is there stays as it is).
-
-        ``huggingface_hub.upload_folder`` brings the folder to the hub. Networks of timm and of Hugging Face are built anew from
-        their name and arguments; that is tried out here, and where the copy would answer differently, a warning says that
-        loading needs ``network=``.
-
-        Raises:
-            UserError: where the fuser has no name to write down, or the folder cannot be written.
-        """
-        from tokenfusion.backbones import saved  # which needs this file
-
-        saved.save(self, folder)
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, network: nn.Module | None = None, trust: bool = False) -> FusedNetwork:
-        """The fused network of a folder that :meth:`save_pretrained` wrote, or of its hub id, in eval mode.
-
-        Args:
-            path: folder or hub id.
-            network: a fresh one, as it was given to ``fuse()``, where it cannot be built from its name.
-            trust: build fusers outside of tokenfusion.
-
-        Raises:
-            UserError: where a file is missing, damaged or of another version, or the network is wanted or does not fit.
-        """
-        from tokenfusion.backbones import saved
-
-        return saved.load(path, network, trust)
 
     def fuser_of(self, index: int) -> Fuser:
         """The fuser that runs a block."""
@@ -260,6 +283,13 @@ class FusedNetwork(FusedModel):
         fused = zip(self.fused_blocks(), scores, strict=True)
         return {self.survey.blocks[b].name: self.fuser_of(b).rates(score, present) for b, score in fused}
 
+    def scales(self) -> list[Tensor]:
+        """Of the norms before attention, per block whose fuser goes by them: ``[M, C]`` (Eq. 10)."""
+        using = [plan for index, plan in enumerate(self.survey.blocks) if self.fuser_of(index).uses_scales]
+        blocks = [cast("FusedBlock", self.network.get_submodule(plan.name)).block for plan in using]
+        norms = [block.get_submodule(cast("str", plan.parts.norm)) for plan, block in zip(using, blocks, strict=True)]
+        return [scales_of(norm, len(self.modalities)) for norm in norms]
+
     def freeze(self, private: bool = False) -> None:
         """Keep the network's weights, its own first convolution too.
 
@@ -268,7 +298,10 @@ class FusedNetwork(FusedModel):
         self.network.requires_grad_(False)
         for module in self.network.modules():
             learning = module.adapted() if isinstance(module, Stems) else [module]
-            for own in learning if not private and isinstance(module, PerModality | Stems) else ():
+            is_private = isinstance(module, PerModality | Stems) and (
+                not isinstance(module, OwnLayer) or is_norm(module[0])
+            )
+            for own in learning if not private and is_private else ():
                 own.requires_grad_(True)
 
     def stack(self, inputs: Mapping[str, Tensor], present: Tensor | None) -> tuple[Tensor, Tensor | None]:

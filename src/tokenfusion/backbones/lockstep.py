@@ -9,141 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokenfusion.backbones.bridge import Bridge, Index, Meeting
 from tokenfusion.backbones.column import Column, Stream
 from tokenfusion.backbones.foreign import answer_of, example_of, weight_of
 from tokenfusion.backbones.held import check_unfused
 from tokenfusion.backbones.hub import FusedModel, FusedOutput
 from tokenfusion.backbones.survey import is_norm
+from tokenfusion.components import component_of
 from tokenfusion.errors import UserError
-from tokenfusion.fusion.allocation import partners, present_partners
 from tokenfusion.fusion.crossing import Exchange, NoExchange
 from tokenfusion.fusion.exchange import ExchangeRates, exchange_rates
 from tokenfusion.fusion.fusers import Entry
 from tokenfusion.fusion.modality import presence
-from tokenfusion.fusion.projection import grid_index, pair_layers, projection_net
+from tokenfusion.fusion.projection import pair_layers
 
-Index = Tensor | Callable[[Mapping[str, Any]], Tensor]  # int64 [N] or [B, N], or what makes it from the inputs
 Pair = tuple[str, str]  # receiver, giver
 ExchangeFactory = Callable[[int, int], Exchange]  # (dim, seed)
-
-
-class Bridge(nn.Module):
-    """The way from one stream to another: which token stands in (Eq. 2, 3), and h before every step.
-
-    Args:
-        receiver, giver: the networks of both.
-        index: of the giver's tokens, int64 ``[N]`` or ``[B, N]`` for the receiver's N, -1 where there is none; what makes it
-            from the inputs; None: both grids cover the same picture.
-        steps: how many there are.
-        mlp: h is an MLP even where width and grid are equal.
-
-    Raises:
-        UserError: where the index has another type, shape or range.
-    """
-
-    index: Tensor | None
-
-    def __init__(self, receiver: Column, giver: Column, index: Index | None, steps: int, mlp: bool) -> None:
-        super().__init__()
-        self.pair = receiver.name, giver.name
-        if isinstance(index, Tensor):
-            self._check(index, None, receiver.tokens)
-            self._check_range(index, giver.tokens)
-        elif index is not None and not callable(index):
-            raise UserError(
-                f"projection {self.pair}: wanted an int64 tensor or a function of the inputs; got {index!r}"
-            )
-        self.register_buffer("index", index if isinstance(index, Tensor) else None, persistent=False)
-        self.find = None if isinstance(index, Tensor) else index
-        self.is_identity = receiver.dim == giver.dim and receiver.grid == giver.grid and not mlp
-        nets = [nn.Identity() if self.is_identity else projection_net(giver.dim, receiver.dim) for _ in range(steps)]
-        self.nets = nn.ModuleList(nets)
-
-    def _check(self, index: Tensor, batch: int | None, tokens: int) -> None:
-        fits = index.dim() in (1, 2) and index.shape[-1] == tokens and index.dtype == torch.int64
-        if not fits or (index.dim() == 2 and batch is not None and len(index) != batch):
-            raise UserError(
-                f"projection {self.pair}: wanted int64 [{tokens}] or [{batch or 'B'}, {tokens}], a token of {self.pair[1]} "
-                f"for each of {self.pair[0]}; got {str(index.dtype).removeprefix('torch.')} {list(index.shape)}"
-            )
-
-    def _check_range(self, index: Tensor, tokens: int) -> None:
-        least, most = (int(index.min()), int(index.max())) if index.numel() else (0, 0)
-        if least < -1 or most >= tokens:
-            raise UserError(
-                f"projection {self.pair}: an index lies in {least}..{most}; wanted 0..{tokens - 1}, or -1 where "
-                "there is no stand-in"
-            )
-
-    def index_for(self, inputs: Mapping[str, Any], receiver: Stream, giver: Stream) -> Tensor | None:
-        """The giver's token for each of the receiver's: int64 ``[B, N]``, -1 = none; None: the same one."""
-        size, device, index = receiver.size, receiver.x.device, self.index
-        if index is None and self.find is None:
-            same = receiver.grid == giver.grid
-            return None if same else grid_index(receiver.grid, giver.grid, device).expand(size)
-        if index is None:
-            assert self.find is not None
-            if any(name not in inputs for name in self.pair):  # a missing modality neither gives nor needs
-                return torch.full(size, -1, device=device)
-            index = self.find(inputs)
-        self._check(index, *size)
-        if index.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait for the device
-            self._check_range(index, giver.size[1])
-        return index.expand(size)
-
-
-class _Meeting:
-    """Who may stand in for whom in one forward pass.
-
-    Attributes:
-        index: per (receiver, giver) the giver's token, int64 ``[B, N]``; None: the same one.
-        shows: bool ``[B, N]``: the giver is the one allotted, is present, and has a stand-in.
-        has: per receiver, bool ``[B, N]``: there is a stand-in.
-    """
-
-    def __init__(
-        self, model: FusedStreams, inputs: Mapping[str, Any], streams: Sequence[Stream], present: Tensor | None
-    ) -> None:
-        self.givers = model.givers
-        self.index: dict[tuple[int, int], Tensor | None] = {}
-        self.shows: dict[tuple[int, int], Tensor] = {}
-        self.has: dict[int, Tensor] = {}
-        for receiver, givers in model.givers.items():
-            size, device = streams[receiver].size, streams[receiver].x.device
-            self.has[receiver] = torch.zeros(size, dtype=torch.bool, device=device)
-            allotted = _allotted(model, receiver, size, present, device)
-            for giver in givers:
-                index = model.bridge(receiver, giver).index_for(inputs, streams[receiver], streams[giver])
-                shows = (allotted == giver).expand(size)
-                self.shows[receiver, giver] = shows if index is None else shows & (index >= 0)
-                self.index[receiver, giver] = None if index is None else index.clamp(min=0)
-                self.has[receiver] = self.has[receiver] | self.shows[receiver, giver]
-
-    def gather(
-        self, receiver: int, own: Tensor, of: Callable[[int], Tensor], h: Callable[[int], nn.Module] | None = None
-    ) -> Tensor:
-        """``own [B, N, C]``, replaced wherever there is a stand-in, from h of what each giver offers, ``[B, n, c]``."""
-        for giver in self.givers[receiver]:
-            taken, index, net = of(giver), self.index[receiver, giver], h(giver) if h else nn.Identity()
-            is_fewer = index is not None and index.shape[1] < taken.shape[1]  # h sees the shorter row
-            taken = taken if is_fewer else net(taken)
-            if index is not None:
-                taken = taken.gather(1, index.unsqueeze(-1).expand(-1, -1, taken.shape[2]))
-            taken = net(taken) if is_fewer else taken
-            own = torch.where(self.shows[receiver, giver].unsqueeze(-1), taken.to(own.dtype), own)
-        return own
-
-
-def _allotted(
-    model: FusedStreams, receiver: int, size: tuple[int, int], present: Tensor | None, device: torch.device
-) -> Tensor:
-    """Which stream each token of a receiver is allotted to (Eq. 7): ``[N]``, or ``[B, N]`` where some are missing."""
-    count, givers = len(model.columns), model.givers[receiver]
-    partner = partners(count, size[1], model.seed, 0, device)
-    if present is None and len(givers) == count - 1:
-        return partner[receiver]
-    connected = torch.tensor([m in givers for m in range(count)], device=device).unsqueeze(1).expand(-1, size[0])
-    return present_partners(partner, connected if present is None else connected & present)[receiver]
+EXCHANGE_GIVEN = ("dim", "seed")  # arguments that the program supplies
 
 
 class FusedStreams(FusedModel):
@@ -158,8 +40,9 @@ class FusedStreams(FusedModel):
             an MLP. They are used, not copied.
         exchange: makes what decides, from (dim, seed).
         projection: which of the giver's tokens stands in for each of the receiver's: ``{(receiver, giver): index}`` with an
-            index of int64 ``[N]`` or ``[B, N]``, -1 = none, or a function of the inputs that makes it (a camera per sample).
-            Pairs that are left out do not exchange. None: all inputs are pictures of the same area, patch over patch.
+            index of int64 ``[N]`` or ``[B, N]``, -1 = none, or a function of the inputs that makes it (a camera per sample);
+            None: patch over patch. Pairs that are left out do not exchange. Without any projection all inputs are pictures
+            of the same area, laid over each other.
         example: inputs ``[B, ...]`` by name, of networks that are neither of timm nor of Hugging Face.
         alignment: each network's own position embedding is re-added before every step but the first, its gradient stopped.
         mlp: h is an MLP between streams of equal width and grid too; it always is where these differ.
@@ -177,7 +60,7 @@ class FusedStreams(FusedModel):
         self,
         networks: Mapping[str, nn.Module],
         exchange: ExchangeFactory,
-        projection: Mapping[Pair, Index] | None = None,
+        projection: Mapping[Pair, Index | None] | None = None,
         example: Mapping[str, Tensor] | None = None,
         alignment: bool = False,
         mlp: bool = False,
@@ -198,12 +81,13 @@ class FusedStreams(FusedModel):
             for column in self.columns:
                 column.release(networks[column.name])
             raise
+        self.recipe = {"seed": seed, "fuser": component_of(exchange), "alignment": alignment, "mlp": mlp}
 
     def _connect(
         self,
         networks: Mapping[str, nn.Module],
         exchange: ExchangeFactory,
-        projection: Mapping[Pair, Index] | None,
+        projection: Mapping[Pair, Index | None] | None,
         mlp: bool,
     ) -> None:
         """What decides before every step, and the ways between the streams."""
@@ -245,7 +129,7 @@ class FusedStreams(FusedModel):
             how = "as they are" if self.bridge(receiver, giver).is_identity else "through an MLP"
             self.account.append(f"{self.modalities[receiver]} takes tokens of {self.modalities[giver]} {how}")
 
-    def _check_names(self, projection: Mapping[Pair, Index]) -> None:
+    def _check_names(self, projection: Mapping[Pair, Index | None]) -> None:
         for pair in projection:
             if len(pair) != 2 or any(name not in self.modalities for name in pair) or pair[0] == pair[1]:
                 raise UserError(
@@ -253,7 +137,7 @@ class FusedStreams(FusedModel):
                     f"wanted two of {', '.join(self.modalities)}"
                 )
 
-    def _maps(self, projection: Mapping[Pair, Index] | None) -> dict[tuple[int, int], Index | None]:
+    def _maps(self, projection: Mapping[Pair, Index | None] | None) -> dict[tuple[int, int], Index | None]:
         """Index maps by (receiver, giver); receivers and givers in the order of the modalities."""
         if projection is None:
             return self._laid_over()
@@ -289,6 +173,10 @@ class FusedStreams(FusedModel):
     def bridge(self, receiver: int, giver: int) -> Bridge:
         """The way between two streams, by number."""
         return cast("Bridge", self.bridges[f"{receiver}_{giver}"])
+
+    def ways(self) -> list[Bridge]:
+        """All ways between two streams, each with its ``pair`` of names."""
+        return [cast("Bridge", bridge) for bridge in self.bridges.values()]
 
     @property
     def threshold(self) -> float | None:
@@ -337,7 +225,7 @@ class FusedStreams(FusedModel):
             Stream(column, self.networks[column.name], x, None if present is None else present[m])
             for m, (column, x) in enumerate(zip(self.columns, given, strict=True))
         ]
-        meeting = _Meeting(self, inputs, streams, present)
+        meeting = Meeting(self, inputs, streams, present)
         scores: list[Tensor] = []
         donors: list[Tensor] = []
         for step in range(self.steps):
@@ -362,7 +250,7 @@ class FusedStreams(FusedModel):
         """An input for every network, zeros where a modality is missing, and which are present, ``[M, B]``."""
         known = {name: inputs[name] for name in self.modalities if name in inputs}
         others = [name for name in inputs if name not in known]
-        takes_more = any(cast("Bridge", bridge).find is not None for bridge in self.bridges.values())
+        takes_more = any(bridge.find is not None for bridge in self.ways())
         if not known or (others and not takes_more):
             raise ValueError(f"inputs must be some of {', '.join(self.modalities)}; got {', '.join(inputs) or 'none'}")
         some = next(iter(known.values()))
@@ -387,7 +275,7 @@ class FusedStreams(FusedModel):
         return torch.zeros(batch, *column.example.shape[1:], dtype=dtype, device=device)
 
     def _meet(
-        self, step: int, streams: Sequence[Stream], meeting: _Meeting, scores: list[Tensor], donors: list[Tensor]
+        self, step: int, streams: Sequence[Stream], meeting: Meeting, scores: list[Tensor], donors: list[Tensor]
     ) -> list[Entry]:
         """What every stream goes on with: scored, exchanged (Eq. 6), aligned, and weighed by (Eq. 4)."""
         seen = [stream.tokens() for stream in streams]
@@ -412,7 +300,7 @@ class FusedStreams(FusedModel):
         return torch.where(has & ~present.unsqueeze(-1), 0, scores)  # a missing modality is uninformative everywhere
 
     def _take(
-        self, step: int, m: int, x: Tensor, maps: list[Tensor], own: dict[int, Tensor | None], meeting: _Meeting
+        self, step: int, m: int, x: Tensor, maps: list[Tensor], own: dict[int, Tensor | None], meeting: Meeting
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """One stream's tokens ``[B, prefix + N, C]``, their weights ``[1, ...]``, the stand-ins' scores ``[B, N]``."""
         exchange, has, scores, prefix = self._exchange(step, m), meeting.has[m], own[m], self.columns[m].prefix

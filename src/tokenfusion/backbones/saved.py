@@ -1,220 +1,223 @@
-"""A fused network as a folder, and back: its weights, how to build it, their checksums, a model card.
+"""A fused model as a folder, and back: its weights, how to build it, their checksums, a model card.
 
-config.json   model.safetensors   MANIFEST.sha256   README.md
-
-Nothing is pickled, and reading runs no code that the folder brings along. New files lie there whole, as .NAME.partial,
-before the manifest names them; where the rest of the renaming was cut off, they are read from there.
+Nothing is pickled, and reading runs no code that the folder brings along.
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tokenfusion.backbones.blueprint import NetworkSpec, build, first_line, spec_of, undropped
+from tokenfusion.backbones import sealed
+from tokenfusion.backbones.blueprint import build, first_line, undropped
 from tokenfusion.backbones.card import card
-from tokenfusion.backbones.hub import FusedNetwork, FuserFactory
+from tokenfusion.backbones.config import (
+    FORMAT,
+    INDEX,
+    SavedConfig,
+    SeparateConfig,
+    SharedConfig,
+    batch_of,
+    config_of,
+    index_maps,
+)
+from tokenfusion.backbones.foreign import answer_of, call, weight_of
+from tokenfusion.backbones.hub import FusedNetwork, FusedOutput
+from tokenfusion.backbones.lockstep import FusedStreams
 from tokenfusion.backbones.survey import evaluating
 from tokenfusion.backbones.weights import local_folder
-from tokenfusion.components import FUSER_GIVEN, TARGET, Section, explain, find, maker
+from tokenfusion.components import TARGET, explain
 from tokenfusion.errors import UserError
 
-CONFIG, MODEL, MANIFEST, CARD = "config.json", "model.safetensors", "MANIFEST.sha256", "README.md"
-FORMAT = 1
-PARTIAL = ".partial"
-
-Dtype = Literal["float16", "bfloat16", "float32", "float64"]
-DTYPES = get_args(Dtype)
-
-
-class SavedConfig(Section):
-    """What ``config.json`` holds."""
-
-    library_name: Literal["tokenfusion"]
-    format: Literal[1]
-    tokenfusion: str  # the version that wrote it
-    network: NetworkSpec
-    modalities: list[str] | dict[str, int]  # names, with the channels of each where they were given
-    example: list[int]  # shape of an input of the network
-    dtype: Dtype
-    fuser: dict[str, Any]
-    seed: int
-    score_nets: Literal["stage", "block"]
-    blocks: list[int] | None
-    alignment: bool
-    shared: dict[str, str]  # names of weights that are those of another name
+Fused = FusedNetwork | FusedStreams
+Given = nn.Module | Mapping[str, nn.Module] | None  # networks that cannot be built from their names
+KINDS: dict[Any, type[SharedConfig | SeparateConfig]] = {"shared": SharedConfig, "separate": SeparateConfig}
+DIFFERS = ", built anew, answers differently: arguments unknown to its name"
+UNFUSED = {TARGET: "tokenfusion.fusion.crossing.NoExchange"}
 
 
 def is_saved(folder: Path) -> bool:
     """Whether a folder looks like one that :func:`save` wrote."""
-    return (
-        any(path.is_file() for path in (folder / CONFIG, _part(folder, CONFIG)))
-        and not (folder / "recipe.yaml").is_file()
-    )
+    return sealed.is_sealed(folder) and not (folder / "recipe.yaml").is_file()
 
 
-def save(model: FusedNetwork, folder: str | Path) -> None:
-    """Write a fused network; see :meth:`FusedNetwork.save_pretrained`."""
-    folder = Path(folder)
-    if type(model) is not FusedNetwork:
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Write a fused model; see :meth:`~tokenfusion.backbones.hub.FusedModel.save_pretrained`."""
+    if not isinstance(model, Fused) or type(model) not in (FusedNetwork, FusedStreams):
         raise UserError(f"{type(model).__name__} is part of a task's model: its run folder is what load() reads")
     if any(isinstance(p, DTensor) for p in model.parameters()):
         raise UserError(
             "the weights are sharded: load their full state dict into a fused network of one process, save that"
         )
-    tensors, shared = _once(model.state_dict())
-    config = _config(model, tensors, shared)
-    texts = {CONFIG: json.dumps(config.model_dump(mode="json"), indent=1) + "\n"}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _settle(folder)
-        parts = {name: _part(folder, name) for name in (MODEL, CONFIG, CARD, MANIFEST)}
-        if (folder / CARD).exists():  # it may have been written on
-            del parts[CARD]
-        texts[CARD] = card(model, config, folder.resolve().name)
-        save_file(tensors, parts[MODEL], metadata={"format": "pt"})
-        parts[CONFIG].write_text(texts[CONFIG], encoding="utf-8")
-        texts[MANIFEST] = "".join(f"{_sha256(parts[name])}  {name}\n" for name in (CONFIG, MODEL))
-        for name in parts.keys() - {MODEL}:
-            parts[name].write_text(texts[name], encoding="utf-8")
-        _put(parts)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            _settle(folder)
-        raise UserError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+    tensors, shared = _once({**model.state_dict(), **index_maps(model)})
+    config = config_of(model, shared)
+    for name, reason in _unlike(model, config, _whole(tensors, shared)).items():
+        spec = config.networks()[name]
+        spec.kind, spec.name, spec.arguments, spec.reason = "module", type(_network(model, name)).__name__, {}, reason
+    for name, spec in config.networks().items():
+        if spec.kind == "module":
+            warnings.warn(f"{_of(name)}loading will need network=: {spec.reason}", stacklevel=3)
+    sealed.write(Path(folder), tensors, config.model_dump(mode="json"), partial(card, model, config))
 
 
-def load(path: str | Path, network: nn.Module | None = None, trust: bool = False) -> FusedNetwork:
-    """Read what :func:`save` wrote; see :meth:`FusedNetwork.from_pretrained`."""
+def load(path: str | Path, network: Given = None, trust: bool = False) -> Fused:
+    """Read what :func:`save` wrote; see :meth:`~tokenfusion.backbones.hub.FusedModel.from_pretrained`."""
     folder = local_folder(str(path))
-    config, weights = _read(folder)
-    if network is None and config.network.kind == "module":
-        raise UserError(
-            f"{folder}: {config.network.name} cannot be built from its name ({config.network.reason}); "
-            "give network=, a fresh one as it was before fuse()"
-        )
+    content, weights = sealed.read(folder)
+    config = _config(folder / sealed.CONFIG, content)
+    tensors = sealed.read_tensors(weights)
     try:
-        tensors = load_file(weights)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{weights}: not readable ({str(error).splitlines()[0][:120]})") from None
-    try:
-        return _filled(_fused(config, network or build(config.network), trust), config, tensors)
+        given = _given(config, network)
+        networks = {name: given[name] if name in given else build(spec) for name, spec in config.networks().items()}
+        return _filled(config, networks, _whole(tensors, config.shared), trust)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
 
 
-def _fused(config: SavedConfig, network: nn.Module, trust: bool) -> FusedNetwork:
-    """The network fused as it was, with weights of its own."""
-    make = cast("FuserFactory", partial(maker(config.fuser, "fuser", FUSER_GIVEN, trust), seed=config.seed))
-    some = next(network.parameters())
-    try:
-        example = torch.zeros(config.example, dtype=some.dtype, device=some.device)
-        model = FusedNetwork(
-            network, config.modalities, make, example, config.score_nets, config.blocks, config.alignment
+def _config(file: Path, content: Mapping[str, Any]) -> SharedConfig | SeparateConfig:
+    """The configuration, of a kind and version that is known."""
+    if content.get("format") != FORMAT:
+        raise UserError(
+            f"{file}: format is {content.get('format')!r}, this version reads {FORMAT}; upgrade tokenfusion"
         )
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"cannot be fused as config.json says ({first_line(error)})") from None
-    model.recipe |= {"fuser": config.fuser, "seed": config.seed}
-    return model.to(getattr(torch, config.dtype)).eval()
-
-
-def _filled(model: FusedNetwork, config: SavedConfig, tensors: Mapping[str, Tensor]) -> FusedNetwork:
-    state = {**tensors, **{alias: tensors[name] for alias, name in config.shared.items() if name in tensors}}
+    kind = content.get("kind", "shared")
+    schema = KINDS.get(kind) if isinstance(kind, str) else None
+    if schema is None:
+        raise UserError(f"{file}: kind is {kind!r}, this version reads {', '.join(KINDS)}; upgrade tokenfusion")
     try:
-        model.load_state_dict(state)
+        return schema.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{file}: {explain(error, schema)}") from None
+
+
+def _given(config: SavedConfig, network: Given) -> dict[str, nn.Module]:
+    """The networks that were given, by modality; the shared one under "".
+
+    Raises:
+        UserError: where they are not of this folder, or others are wanted.
+    """
+    specs = config.networks()
+    if isinstance(config, SharedConfig):
+        if not isinstance(network, nn.Module | None):
+            raise UserError(f"the streams share one network; wanted network= a module, got {type(network).__name__}")
+        given, wanted = {} if network is None else {"": network}, ""
+    else:
+        wanted = ", ".join(f'"{name}": ...' for name, spec in specs.items() if spec.kind == "module")
+        wanted = f"{{{wanted}}}"
+        if not isinstance(network, Mapping | None):
+            raise UserError(f"the networks are separate; wanted network={{name: module}}, got {type(network).__name__}")
+        given = dict(network or {})
+        for name, module in given.items():
+            if name not in specs or not isinstance(module, nn.Module):
+                got = type(module).__name__
+                raise UserError(f"network= gives {name!r} a {got}; wanted modules for some of {', '.join(specs)}")
+    for name, spec in specs.items():
+        if spec.kind == "module" and name not in given:
+            raise UserError(
+                f"{_of(name)}{spec.name} cannot be built from its name ({spec.reason}); "
+                f"give network={wanted}, a fresh one as it was before fuse()"
+            )
+    return given
+
+
+def _filled(config: SavedConfig, networks: Mapping[str, nn.Module], state: Mapping[str, Tensor], trust: bool) -> Fused:
+    """The networks fused as they were, with the saved weights."""
+    model = config.fused(networks, state, trust)
+    try:
+        model.load_state_dict({name: value for name, value in state.items() if not name.startswith(f"{INDEX}.")})
     except RuntimeError as error:
         reason = str(error).splitlines()[1:2] or [str(error)]
-        raise UserError(f"the weights do not fit {config.network.name}: {reason[0].strip()[:160]}") from None
+        raise UserError(f"the weights do not fit {_named(config)}: {reason[0].strip()[:160]}") from None
     return model
 
 
 # What there is to write
 
 
-def _config(model: FusedNetwork, tensors: Mapping[str, Tensor], shared: dict[str, str]) -> SavedConfig:
-    """How to build this model again; tried out, so that what is written can be read.
+def _network(model: Fused, name: str) -> nn.Module:
+    return model.network if isinstance(model, FusedNetwork) else model.networks[name]
+
+
+def _of(name: str) -> str:
+    return f"{name}: " if name else ""
+
+
+def _unlike(model: Fused, config: SharedConfig | SeparateConfig, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Why networks cannot be built from their names, by name: a model built anew is tried out.
 
     Raises:
-        UserError: where the fuser has no name, or the weights are of several dtypes.
+        UserError: where every network can, and the model differs.
     """
-    dtype = _dtype(model)
-    if model.recipe["fuser"] is None:
-        raise UserError(
-            f"the fuser ({type(model.fusers[0]).__name__}) was made by a function that has no name to write down; "
-            "give fuse() a word, a component, or a class that can be imported"
-        )
-    names, channels = list(model.modalities), model.channels
-    config = SavedConfig(
-        library_name="tokenfusion",
-        format=FORMAT,
-        tokenfusion=version("tokenfusion"),
-        network=spec_of(model.network, model.example_size),
-        modalities=names if channels is None else dict(zip(names, channels, strict=True)),
-        example=list(model.example_size),
-        dtype=cast("Any", dtype),
-        shared=shared,
-        **{**model.recipe, "fuser": _resolved(model.recipe["fuser"])},
-    )
-    if config.network.kind != "module":
-        reason = _unlike(model, config, tensors)
-        if reason is not None:
-            config.network = NetworkSpec(kind="module", name=type(model.network).__name__, reason=reason)
-    if config.network.kind == "module":
-        warnings.warn(f"loading will need network=: {config.network.reason}", stacklevel=4)
-    return config
+    named = [name for name, spec in config.networks().items() if spec.kind != "module"]
+    with _drawing_nothing(), evaluating(model), torch.no_grad():
+        reason = _model_unlike(model, config, state) if len(named) == len(config.networks()) else ""
+        if reason is None:
+            return {}
+        if isinstance(config, SharedConfig):
+            return dict.fromkeys(named, reason)
+        found = {name: _network_unlike(_network(model, name), config, name, state) for name in named}
+    reasons = {name: why for name, why in found.items() if why is not None}
+    if reason and not reasons:
+        raise UserError(f"cannot be saved: built anew, it differs ({reason})")
+    return reasons
 
 
-def _dtype(model: FusedNetwork) -> str:
-    """The one dtype of the weights.
-
-    Raises:
-        UserError: where there are several, or one that a network does not run in.
-    """
-    found = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
-    if len(found) == 1 and found[0] in DTYPES:
-        return found[0]
-    raise UserError(
-        f"the weights are of {', '.join(found)}; wanted one of {', '.join(DTYPES)} for all: model.to(dtype)"
-    )
-
-
-def _unlike(model: FusedNetwork, config: SavedConfig, tensors: Mapping[str, Tensor]) -> str | None:
-    """Why a model built again from ``config`` is not this one; None where both answer alike."""
+def _model_unlike(model: Fused, config: SharedConfig | SeparateConfig, state: Mapping[str, Tensor]) -> str | None:
+    """Why a model built again is not this one; None where both answer alike."""
     some = next(model.parameters())
     try:
-        with _drawing_nothing(), evaluating(model), torch.no_grad():
-            again = _filled(_fused(config, build(config.network), True), config, tensors).to(some.device)
-            difference = undropped(model, again)
-            if difference is not None:
-                return difference
-            generator = torch.Generator().manual_seed(0)
-            sizes = model.channels or [config.example[1]] * len(model.modalities)
-            inputs = {
-                name: torch.randn(1, n, *config.example[2:], generator=generator).to(some)
-                for name, n in zip(model.modalities, sizes, strict=True)
-            }
-            tolerance = 1e-3 if config.dtype in ("float32", "float64") else 5e-2
-            ours, copied = (m(inputs).ensemble for m in (model, again))
-            alike = torch.allclose(ours, copied, rtol=tolerance, atol=tolerance, equal_nan=True)
+        networks = {name: build(spec) for name, spec in config.networks().items()}
+        again = _filled(config, networks, state, True).to(some.device)
+        inputs = {name: _like(x, some) for name, x in config.inputs(batch_of(index_maps(model))).items()}
+        alike = _alike(*(_answers(m(inputs)) for m in (model, again)))
+        return undropped(model, again) or (None if alike else f"{_named(config)}{DIFFERS}")
     except Exception as error:  # whatever foreign libraries raise
         return first_line(error)
-    return None if alike else f"{config.network.name}, built anew, answers differently: arguments unknown to its name"
+
+
+def _network_unlike(network: nn.Module, config: SeparateConfig, name: str, state: Mapping[str, Tensor]) -> str | None:
+    """Why one of several networks, built again, is not the one that the model has."""
+    stream, place = config.streams[name], f"networks.{name}."
+    alone = config.model_copy(update={"streams": {name: stream}, "projection": {}, "fuser": UNFUSED})
+    try:
+        again = _network(alone.fused({name: build(stream.network)}, {}, True), name)
+        again.load_state_dict({key.removeprefix(place): t for key, t in state.items() if key.startswith(place)})
+        some = weight_of(network)
+        x = _like(alone.inputs()[name], some)
+        alike = _alike(*([answer_of(call(n, x)[1])] for n in (network, again.to(some.device))))
+        return undropped(network, again) or (None if alike else f"{stream.network.name}{DIFFERS}")
+    except Exception as error:  # whatever foreign libraries raise
+        return first_line(error)
+
+
+def _named(config: SavedConfig) -> str:
+    return ", ".join(spec.name for spec in config.networks().values())
+
+
+def _like(x: Tensor, some: Tensor) -> Tensor:
+    """An input where the weights are, of their precision."""
+    return x.to(some) if x.is_floating_point() else x.to(some.device)
+
+
+def _answers(output: FusedOutput) -> list[Tensor]:
+    return [answer_of(a) for a in output.outputs.values()] if output.ensemble is None else [output.ensemble]
+
+
+def _alike(ours: list[Tensor], copied: list[Tensor]) -> bool:
+    tolerance = 1e-3 if ours[0].dtype in (torch.float32, torch.float64) else 5e-2
+    return all(
+        torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+        for one, other in zip(ours, copied, strict=True)
+    )
 
 
 @contextmanager
@@ -223,22 +226,6 @@ def _drawing_nothing() -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         yield
-
-
-def _resolved(fuser: Mapping[str, Any]) -> dict[str, Any]:
-    """A component with its defaults written out.
-
-    Raises:
-        UserError: where it names arguments that the program supplies.
-    """
-    maker(fuser, "fuser", FUSER_GIVEN, trust=True)
-    parameters = inspect.signature(find(fuser[TARGET], "fuser", True)).parameters
-    usual = {
-        name: p.default
-        for name, p in parameters.items()
-        if name not in FUSER_GIVEN and isinstance(p.default, str | int | float | bool | None)
-    }
-    return {**fuser, **{name: value for name, value in usual.items() if name not in fuser}}
 
 
 def _once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -252,102 +239,11 @@ def _once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
             shared[name] = names[place]
             continue
         names[place] = name
-        copy = value.detach().to("cpu", memory_format=torch.contiguous_format)
+        copy = value.detach().cpu().contiguous()
         tensors[name] = copy.clone() if copy.untyped_storage().nbytes() > copy.nbytes else copy  # a view of more
     return tensors, shared
 
 
-# Files
-
-
-def _read(folder: Path) -> tuple[SavedConfig, Path]:
-    """Every file against its checksum, then the configuration; and where the weights are.
-
-    Raises:
-        UserError: names what is missing, changed, or of another version.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; wanted what save_pretrained() wrote")
-    files = {name: _file(folder, name, digest) for name, digest in _manifest(folder).items()}
-    file = files[CONFIG]
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        found = content.get("format")
-    except (ValueError, AttributeError):
-        raise UserError(f"{file}: damaged (no JSON object)") from None
-    if found != FORMAT:
-        raise UserError(f"{file}: format is {found!r}, this version reads {FORMAT}; upgrade tokenfusion")
-    try:
-        return SavedConfig.model_validate(content), files[MODEL]
-    except ValidationError as error:
-        raise UserError(f"{file}: {explain(error, SavedConfig)}") from None
-
-
-def _file(folder: Path, name: str, digest: str) -> Path:
-    """The file with that checksum; it has its partial name still where :func:`save` was cut off while renaming.
-
-    Raises:
-        UserError: where there is none.
-    """
-    try:
-        if _sha256(folder / name) == digest:
-            return folder / name
-        problem = f"damaged (SHA-256 differs from {MANIFEST}); fetch or write it again"
-    except OSError as error:
-        problem = f"cannot be read ({error.strerror})"
-    with suppress(OSError):
-        if _sha256(_part(folder, name)) == digest:
-            return _part(folder, name)
-    raise UserError(f"{folder / name}: {problem}")
-
-
-def _part(folder: Path, name: str) -> Path:
-    return folder / f".{name}{PARTIAL}"
-
-
-def _manifest(folder: Path) -> dict[str, str]:
-    path = folder / MANIFEST
-    try:
-        pairs = [line.split("  ") for line in path.read_text(encoding="ascii").splitlines()]
-        digests = {name: digest for digest, name in pairs}
-    except (OSError, ValueError):  # a line of another form, or bytes that are no text
-        raise UserError(f"{path}: missing or damaged; wanted a folder that save_pretrained() wrote") from None
-    if set(digests) != {CONFIG, MODEL}:
-        raise UserError(f"{path}: damaged (it names {', '.join(sorted(digests)) or 'no file'})")
-    return digests
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _put(parts: Mapping[str, Path]) -> None:
-    """Bring finished files to the disk, then give them their names, the manifest's first: from there on they count."""
-    for path in parts.values():
-        _flush(path)
-    for name in sorted(parts, key=MANIFEST.__ne__):
-        parts[name].replace(parts[name].with_name(name))
-        if os.name == "posix":  # elsewhere a folder cannot be opened
-            _flush(parts[name].parent)
-
-
-def _settle(folder: Path) -> None:
-    """Finish the renaming that an earlier save was cut off in, and remove what it had not finished writing."""
-    wanted: dict[str, str] = {}
-    with suppress(UserError):
-        wanted = _manifest(folder)
-    for name in (MODEL, CONFIG, CARD, MANIFEST):
-        part = _part(folder, name)
-        if part.is_file() and name in wanted and _sha256(part) == wanted[name]:
-            part.replace(folder / name)
-        else:
-            part.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _whole(tensors: Mapping[str, Tensor], shared: Mapping[str, str]) -> dict[str, Tensor]:
+    """Every name again."""
+    return {**tensors, **{alias: tensors[name] for alias, name in shared.items() if name in tensors}}

@@ -122,17 +122,27 @@ def fetch(name: str) -> StateDict:
         (".safetensors", ".pth", ".pt", ".tar", ".bin", ".npz")
     ):
         raise UserError(f"{name}: neither a file or folder here nor a hub id such as nvidia/mit-b2")
-    from huggingface_hub import hf_hub_download  # heavy import, and only needed here
+    try:
+        found = next((path for path in (hub_file(name, file) for file in WEIGHT_FILES) if path is not None), None)
+    except Exception as error:  # the hub's client raises many kinds; each means "not from there"
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(
+            f"{name}: could not be fetched from the hub ({reason}); download it and give the local path"
+        ) from None
+    if found is None:
+        raise UserError(f"{name}: the hub holds none of {', '.join(WEIGHT_FILES)} there; give the local path of a file")
+    return read_checkpoint(found)
 
-    problems = []
-    for file in WEIGHT_FILES:
-        try:
-            return read_checkpoint(hf_hub_download(name, file))
-        except UserError:
-            raise
-        except Exception as error:  # the hub's client raises many kinds; each means "not from there"
-            problems.append(f"{file}: {str(error).splitlines()[0][:120]}")
-    raise UserError(f"{name}: could not be fetched from the hub ({problems[0]}); download it and give the local path")
+
+def hub_file(name: str, file: str) -> Path | None:
+    """A file of what the hub holds under an id, None where it has no such file; without a network from the local cache.
+
+    ``hf_hub_download`` would go on trying a hub that is out of reach for half a minute, and so for every file.
+    """
+    from huggingface_hub import snapshot_download  # heavy import, and only needed here
+
+    path = Path(snapshot_download(name, allow_patterns=file)) / file
+    return path if path.is_file() else None
 
 
 def local_folder(name: str) -> Path:

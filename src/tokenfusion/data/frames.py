@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tokenfusion.data.augment import Augment
+from tokenfusion.data.degrade import PLAIN, Conditions, degraded
 from tokenfusion.data.folder import Folder
 from tokenfusion.data.image import decode, measured
 from tokenfusion.data.inputs import prepare_inputs, resize_image
@@ -45,10 +46,11 @@ class Frames(Dataset[Frame]):
     With ``augment`` None the frame is what evaluation sees: the whole image, its inputs resized to ``resize``
     (height, width) where given, its label target at its own size. ``set_epoch`` reaches running DataLoader workers.
     With ``target``, the name of one more modality, frames are those of translation: the folder's labels are not read,
-    inputs and target come in -1..1, and ``resize`` is for both.
+    inputs and target come in -1..1, and ``resize`` is for both. ``conditions`` say which inputs evaluation leaves out, and what
+    befalls the others.
 
     Errors: UserError for an unknown split or modality, for a target that is an input as well or that the augmentation
-    would recolour, and at once where files of the split are missing.
+    would recolour, for conditions that do not fit the modalities, and at once where files of the split are missing.
     """
 
     def __init__(
@@ -60,10 +62,13 @@ class Frames(Dataset[Frame]):
         seed: int = 0,
         resize: tuple[int, int] | None = None,
         target: str | None = None,
+        conditions: Conditions = PLAIN,
     ) -> None:
         self.folder, self.augment, self.seed, self.resize, self.target = folder, augment, seed, resize, target
         self.ids = folder.ids(split)
-        self.specs = folder.select([*modalities, target] if target else modalities)
+        self.conditions = conditions
+        inputs = conditions.given({name: spec.kind for name, spec in folder.select(modalities).items()})
+        self.specs = folder.select([*inputs, target] if target else inputs)
         self.labelled = folder.has_target and target is None
         if augment is not None and resize is not None:
             raise UserError("resize is for frames without augmentation; set augment.resize instead")
@@ -90,7 +95,7 @@ class Frames(Dataset[Frame]):
         if self.augment is None:
             raw = self.folder.read(id, list(self.specs))
             self._check_target(id, raw, target)
-            return Frame(id, prepare_inputs(raw, self.specs, self.resize), target)
+            return Frame(id, prepare_inputs(self._degraded(id, raw), self.specs, self.resize), target)
         images = self.folder.load(id, list(self.specs))
         self._check_target(id, images, target)
         images, target = self.augment(images, target, self.specs, self._generator(index))
@@ -107,8 +112,12 @@ class Frames(Dataset[Frame]):
             assert moved is not None  # a map that went in comes out
             valid = moved[None]
         raw = {key: decode(image, self.specs[key]) for key, image in images.items()}
-        coded = prepare_inputs(raw, self.specs, self.resize, as_tanh=True)
+        coded = prepare_inputs(self._degraded(id, raw), self.specs, self.resize, as_tanh=True)
         return Frame(id, coded, coded.pop(name), valid == 1)  # padding is 255
+
+    def _degraded(self, id: str, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+        worse = self.conditions.degrade
+        return {n: degraded(x, self.specs[n], worse[n], id, n) if n in worse else x for n, x in raw.items()}
 
     def _generator(self, index: int) -> torch.Generator:
         key = f"{self.seed}/{int(self._epoch)}/{index % len(self.ids)}".encode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,13 +29,24 @@ def spread(views: Sequence[View], count: int) -> list[View]:
     return [views[k * len(views) // count] for k in range(count)]
 
 
-def load_views(views: Sequence[View], spec: ModalitySpec, size: tuple[int, int], count: int) -> Views:
-    """Read ``count`` views (``spread``) and bring each to ``size`` (rows, columns)."""
+def load_views(
+    views: Sequence[View],
+    spec: ModalitySpec,
+    size: tuple[int, int],
+    count: int,
+    worse: Callable[[Tensor, str], Tensor] | None = None,
+) -> Views:
+    """Read ``count`` views (``spread``) and bring each to ``size`` (rows, columns).
+
+    ``worse`` changes the physical image [3, H, W] of the file of that name before.
+    """
     chosen = spread(views, count)
     images, projections = torch.zeros(count, 3, *size), torch.zeros(count, 3, 4, dtype=torch.float64)
     sizes = []
     for row, view in enumerate(chosen):
         stored = load_image(view.image, spec)
+        if worse is not None:
+            stored = worse(decode(stored, spec), view.image.name).to(stored.dtype)
         rows, columns = stored.shape[-2:]
         resized = resize_image(stored, size, spec.modality.interpolation)  # as bytes: four times as fast
         images[row] = normalise({"rgb": decode(resized, spec)}, {"rgb": spec})["rgb"]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tokenfusion.data.cloud import Cloud
+from tokenfusion.data.degrade import PLAIN, Conditions, degraded, degraded_cloud
 from tokenfusion.data.folder import Folder
 from tokenfusion.data.motion import SceneAugment, move_boxes, move_points, move_projection, recolour
 from tokenfusion.data.scene_views import Views, load_views
@@ -61,6 +63,7 @@ class Scenes(Dataset[Scene]):
         boxes2d: "annotated" (box2d of the files) or "projected" (around the 3D boxes, hidden parts included).
         classes: the names that labels stand for, by default all of the folder; boxes of other classes are left out.
         colour: points come with their colours, [N, 6].
+        conditions: which inputs evaluation leaves out, and what befalls the others.
 
     Errors: UserError for an unknown split, modality or class, for annotated boxes to train on that no scene has, and at
     once where files of the split are missing.
@@ -80,12 +83,14 @@ class Scenes(Dataset[Scene]):
         boxes2d: Literal["annotated", "projected"] = "annotated",
         classes: Sequence[str] | None = None,
         colour: bool = False,
+        conditions: Conditions = PLAIN,
     ) -> None:
         self.folder, self.points, self.augment, self.seed = folder, points, augment, seed
         self.image_size, self.views, self.index, self.boxes2d, self.colour = image_size, views, index, boxes2d, colour
         self.ids = folder.ids(split)
         self.classes = list(folder.scene.classes if classes is None else classes)
-        self.has_images = IMAGE in modalities
+        self.conditions = conditions
+        self.has_images = IMAGE in conditions.given({name: name for name in modalities})
         if augment is not None:
             folder.scene_path(self.ids[0], "boxes")  # who trains needs them
         self._check_arguments(list(modalities))
@@ -102,7 +107,7 @@ class Scenes(Dataset[Scene]):
     def __getitem__(self, index: int) -> Scene:
         id, generator = self.ids[index], self._generator(index)
         motion = None if self.augment is None else self.augment.draw(generator)
-        cloud = self.folder.read_cloud(id)
+        cloud = self._cloud(id)
         rows = draw_rows(len(cloud.points), self.points, generator)
         points = self._columns(id, cloud.points)[rows]
         views = self._views(id) if self.has_images else None
@@ -119,6 +124,10 @@ class Scenes(Dataset[Scene]):
         images = None if views is None else views.images
         return Scene(id, points, found, images, None if projection is None else projection.float(), truth)
 
+    def _cloud(self, id: str) -> Cloud:
+        cloud, how = self.folder.read_cloud(id), self.conditions.degrade.get(POINTS)
+        return cloud if how is None else degraded_cloud(cloud, how, id)
+
     def _columns(self, id: str, points: Tensor) -> Tensor:
         if self.colour and points.shape[1] < 6:
             path = self.folder.scene_path(id, "points")
@@ -127,8 +136,9 @@ class Scenes(Dataset[Scene]):
 
     def _views(self, id: str) -> Views:
         assert self.image_size is not None  # checked when the scenes were made
-        found = self.folder.read_views(id)
-        return load_views(found, self.folder.modalities[IMAGE], self.image_size, self.views)
+        spec, how = self.folder.modalities[IMAGE], self.conditions.degrade.get(IMAGE)
+        worse = None if how is None else lambda image, file: degraded(image, spec, how, f"{id}/{file}", IMAGE)
+        return load_views(self.folder.read_views(id), spec, self.image_size, self.views, worse)
 
     def _truth(self, id: str, xyz: Tensor, owner: Tensor | None, views: Views | None) -> SceneTruth | None:
         """Before any motion: which point lies in which box does not change with it."""

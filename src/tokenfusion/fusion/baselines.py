@@ -37,25 +37,25 @@ def keys_of(present: Tensor) -> Tensor:
     return present | ~present.any(0)
 
 
-class Average(Fuser):
-    """Aligned features are averaged: every stream receives the mean attention output of the streams that are present.
+def present_mean(x: Tensor, present: Tensor | None) -> Tensor:
+    """``[M, B, N, C] -> [B, N, C]``: the mean over the streams that are present; zeros, where none is."""
+    if present is None:
+        return x.mean(0)
+    there = present.to(x.dtype)
+    return (x * (there / there.sum(0).clamp(min=1))[:, :, None, None]).sum(0)
 
-    Zeros, where none is present.
-    """
+
+class Average(Fuser):
+    """Aligned features are averaged: every stream receives the mean attention output of the streams that are present."""
 
     def leave(self, attended: Tensor, scores: Tensor | None, ctx: Context) -> Tensor:
-        if ctx.present is None:
-            mean = attended.mean(0, keepdim=True)
-        else:
-            there = ctx.present.to(attended.dtype)
-            mean = (attended * (there / there.sum(0).clamp(min=1))[:, :, None, None]).sum(0, keepdim=True)
-        return mean.expand_as(attended)
+        return present_mean(attended, ctx.present).expand_as(attended)
 
 
 class Random(Fuser):
     """Tokens are exchanged at random, without scores ("random 10 % / 30 %", Table 5).
 
-    In training every step draws anew from torch's generator. In evaluation the draw is fixed, so that figures repeat.
+    In training every step draws anew from torch's generator. In evaluation every block's draw is fixed, so that figures repeat.
 
     Args:
         dim, modalities, stage, seed: see :class:`~tokenfusion.fusion.fusers.Fuser`.
@@ -74,13 +74,14 @@ class Random(Fuser):
         return behind_prefix(
             attended,
             ctx.prefix,
-            lambda e: substitute(e, self.stand_in(e, ctx.present), self._drawn(e, ctx.present)),
+            lambda e: substitute(e, self.stand_in(e, ctx.present), self._drawn(e, ctx.present, ctx.block)),
         )
 
-    def _drawn(self, x: Tensor, present: Tensor | None) -> Tensor:
+    def _drawn(self, x: Tensor, present: Tensor | None, block: int) -> Tensor:
         if self.training:
             drawn = torch.rand(x.shape[:3], device=x.device) < self.rate
         else:
-            ranks = [shuffled_ranks(x.shape[2], self.seed, self.stage, -1 - m, x.device) for m in range(len(x))]
+            rows = [-1 - m - block * len(x) for m in range(len(x))]  # the group allocation draws from 0 on
+            ranks = [shuffled_ranks(x.shape[2], self.seed, self.stage, row, x.device) for row in rows]
             drawn = (torch.stack(ranks) < self.rate * x.shape[2]).unsqueeze(1).expand(x.shape[:3])
         return drawn if present is None else drawn | ~present.unsqueeze(-1)

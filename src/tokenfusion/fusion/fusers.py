@@ -39,7 +39,8 @@ class Context:
         prefix: leading tokens (class, register, detection) that are never scored, exchanged or counted.
         position: embedding ``[N, C]`` that residual positional alignment re-adds before this block, gradient stopped.
         present: bool ``[M, B]``, or None where every modality is there.
-        carried: what a method takes along from block to block.
+        carried: what a method takes along from block to block of one width, ``[B, K, C]``.
+        block: index of the block among those that run in a row.
     """
 
     grid: Grid
@@ -47,6 +48,7 @@ class Context:
     position: Tensor | None = None
     present: Tensor | None = None
     carried: Tensor | None = None
+    block: int = 0
 
     def align(self, x: Tensor) -> Tensor:
         """Re-add the position embedding, where the model has residual positional alignment."""
@@ -59,13 +61,15 @@ class Entry(NamedTuple):
     x: Tensor  # [M, B, N, C]: the tokens that the block works on
     scores: Tensor | None = None  # [M, B, N] of the tokens behind the prefix; None where the method does not score
     weight: Tensor | None = None  # [M, B, prefix + N], what the normed tokens are weighed by before attention
+    beside: Tensor | None = None  # [M, B, K, C]: tokens of the method's own that attend and are attended to beside x
 
 
 class Fuser(nn.Module):
-    """How one block runs on all streams, from two decisions: :meth:`enter` before it, :meth:`leave` behind its attention.
+    """How one block runs on all streams, from three decisions: :meth:`enter`, :meth:`between`, :meth:`leave`.
 
-    ``fuser(block, x, ctx) -> (x, scores)`` runs a block of the contract, ``x [M, B, N, C]``, ``scores [M, B, N]`` or None.
-    Blocks that run themselves (those of foreign networks) call the two decisions from inside.
+    They are made before the block, between its norm and its attention, and behind its attention. ``fuser(block, x, ctx) ->
+    (x, scores)`` runs a block of the contract, ``x [M, B, N, C]``, ``scores [M, B, N]`` or None. Blocks that run themselves
+    (those of foreign networks) call the decisions from inside.
 
     Args:
         dim: token width C.
@@ -75,7 +79,9 @@ class Fuser(nn.Module):
     """
 
     threshold: float | None = None
-    weighs_input = False  # uses Entry.weight, which takes a norm before attention
+    works_on_normed = False  # decides on normed tokens too, which takes a norm before attention
+    uses_scales = False  # of that norm, one per channel
+    adds_tokens = False  # uses Entry.beside, which takes blocks that treat their tokens as a set
     attends_to_all = False  # every stream's queries attend to the keys of all streams
 
     def __init__(self, dim: int, modalities: int, stage: int = 0, seed: int = 0) -> None:
@@ -88,16 +94,21 @@ class Fuser(nn.Module):
         """Before the block, on its input ``x [M, B, N, C]``."""
         return Entry(ctx.align(x))
 
+    def between(self, normed: Tensor, norm: nn.Module, entry: Entry, ctx: Context) -> Tensor:
+        """Between ``norm`` and attention, on the normed tokens ``[M, B, N, C]``."""
+        return normed if entry.weight is None else normed * entry.weight.unsqueeze(-1)
+
     def leave(self, attended: Tensor, scores: Tensor | None, ctx: Context) -> Tensor:
         """Behind the block's attention, on that residual branch ``[M, B, N, C]`` before it is added."""
         return attended
 
+    def carry(self, beside: Tensor, ctx: Context) -> None:
+        """Take along what became of ``Entry.beside``, ``[M, B, K, C]``."""
+
     def forward(self, block: Block, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
         entry = self.enter(x, ctx)
-        normed = block.norm1(merge(entry.x))
-        if entry.weight is not None:
-            normed = normed * merge(entry.weight).unsqueeze(-1)
-        attended = split(block.attention(normed, ctx.grid), len(x))
+        normed = self.between(split(block.norm1(merge(entry.x)), len(x)), block.norm1, entry, ctx)
+        attended = split(block.attention(merge(normed), ctx.grid), len(x))
         return residual(block, entry.x, self.leave(attended, entry.scores, ctx), ctx.grid), entry.scores
 
     def stand_in(self, x: Tensor, present: Tensor | None) -> Tensor:
@@ -158,7 +169,7 @@ class TokenFusion(Fuser):
         self.score = ScorePredictor(dim, modalities, init_bias)
 
     @property
-    def weighs_input(self) -> bool:  # type: ignore[override]
+    def works_on_normed(self) -> bool:  # type: ignore[override]
         return self.rule == "paper"
 
     def enter(self, x: Tensor, ctx: Context) -> Entry:

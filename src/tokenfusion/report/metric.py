@@ -49,6 +49,8 @@ METRICS = {  # in the order in which a table shows them
     "mae_m": Metric("MAE", "m", 3, "lower"),
     "contrast": Metric("Contrast", "", 2, "", note=SPREAD),
     "diversity": Metric("Diversity", "", 2, "", note=SPREAD),
+    "exchange": Metric("Exchanged", "%", 1, ""),
+    "seconds": Metric("Seconds per 100", "", 1, "lower"),
 }
 LOWER_IS_BETTER = re.compile(r"mae|mse|l1|l2|fid|kid|loss|error", re.IGNORECASE)
 

@@ -73,7 +73,7 @@ def curves(
     columns = max(int((width - 0.55) / (0.45 + 0.065 * max(map(len, found)))), 1)
     rows = -(-len(found) // columns)
     columns = -(-len(found) // rows)  # filled evenly
-    figure, axes = _chart(width, CHART[1] + 0.17 * max(rows - 2, 0), 0.12 + 0.17 * max(rows, 2), theme)
+    figure, axes = frame(width, CHART[1] + 0.17 * max(rows - 2, 0), 0.12 + 0.17 * max(rows, 2), theme)
     index = 0
     for name, (steps, values) in found.items():
         strong, named = name in STRONG, name in (*STRONG, "total")
@@ -85,7 +85,7 @@ def curves(
             values = _running_mean(values, len(values) // 30)
         axes.plot(
             steps, values, color=colour, linestyle=dash, linewidth=2.3 if strong else 1.5,
-            marker="o" if len(values) <= 30 else "", markersize=3.5, label=_text(name, 40),
+            marker="o" if len(values) <= 30 else "", markersize=3.5, label=short(name, 40),
         )  # fmt: skip
     shown = [value for _, column in found.values() for value in column if np.isfinite(value)]
     if loss and shown and min(shown) > 0 and max(shown) > 30 * min(shown):
@@ -96,8 +96,8 @@ def curves(
     axes.set_xlabel("step", fontsize=FONT, color=theme.muted)
     axes.set_ylabel(unit, fontsize=FONT, color=theme.muted)
     if len(found) > 1:
-        _legend(figure, axes, theme, columns)
-    return _png(figure)
+        legend_above(figure, axes, theme, columns)
+    return png(figure)
 
 
 def exchange_at_end(rates: Rates, below: Rates, modalities: Sequence[str], theme: Theme) -> bytes:
@@ -120,7 +120,7 @@ def exchange_at_end(rates: Rates, below: Rates, modalities: Sequence[str], theme
         axes.set_xticks(range(len(modalities)), [_column(name) for name in modalities])
         axes.xaxis.tick_top()
         axes.set_title(title, fontsize=FONT, color=theme.ink, loc="left", pad=7)
-    return _png(figure)
+    return png(figure)
 
 
 def exchange_over_training(found: Mapping[str, Series], theme: Theme) -> bytes:
@@ -138,29 +138,29 @@ def exchange_over_training(found: Mapping[str, Series], theme: Theme) -> bytes:
     _step_ticks(axes, steps, 4)
     axes.set_xlabel("step", fontsize=FONT, color=theme.muted)
     axes.set_title("substituted", fontsize=FONT, color=theme.ink, loc="left", pad=7)
-    return _png(figure)
+    return png(figure)
 
 
 def class_bars(names: Sequence[str], scores: Mapping[str, Sequence[float | None]], unit: str, theme: Theme) -> bytes:
     """One row per class: a bar for the last stream (the ensemble), a mark for each other one."""
     *others, main = scores
-    left = 0.2 + 0.066 * max(len(_text(name, 20)) for name in names)
-    figure, axes = _chart(4.6, 0.85 + 0.25 * len(names), 0.35, theme, left=left)
+    left = 0.2 + 0.066 * max(len(short(name, 20)) for name in names)
+    figure, axes = frame(4.6, 0.85 + 0.25 * len(names), 0.35, theme, left=left)
     rows = np.arange(len(names))
-    axes.barh(rows, [_number(value) for value in scores[main]], 0.62, color=theme.accent, alpha=0.45, label=_text(main))
+    axes.barh(rows, [_number(value) for value in scores[main]], 0.62, color=theme.accent, alpha=0.45, label=short(main))
     for index, stream in enumerate(others):
         colour, marker = theme.cycle[index % len(theme.cycle)], "oDs^v"[index % 5]
         values = [_number(value) for value in scores[stream]]
         axes.scatter(
-            values, rows, s=18, zorder=3, linewidths=0, clip_on=False, color=colour, marker=marker, label=_text(stream),
+            values, rows, s=18, zorder=3, linewidths=0, clip_on=False, color=colour, marker=marker, label=short(stream),
         )  # fmt: skip
-    axes.set_yticks(rows, [_text(name, 20) for name in names], color=theme.ink)
+    axes.set_yticks(rows, [short(name, 20) for name in names], color=theme.ink)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(left=0)
     axes.set_xlabel(unit, fontsize=FONT, color=theme.muted)
     axes.grid(axis="y", visible=False)
-    _legend(figure, axes, theme, 5)
-    return _png(figure)
+    legend_above(figure, axes, theme, 5)
+    return png(figure)
 
 
 def _figure(width: float, height: float, theme: Theme) -> Figure:
@@ -181,7 +181,7 @@ def _axes(figure: Figure, left: float, bottom: float, width: float, height: floa
     return axes
 
 
-def _chart(width: float, height: float, top: float, theme: Theme, left: float = 0.55) -> tuple[Figure, Axes]:
+def frame(width: float, height: float, top: float, theme: Theme, left: float = 0.55) -> tuple[Figure, Axes]:
     """A figure with one pair of axes and room for a legend on top."""
     figure = _figure(width, height, theme)
     axes = _axes(figure, left, 0.45, width - left - 0.15, height - top - 0.45, theme)
@@ -195,7 +195,7 @@ def _rows(figure: Figure, left: float, width: float, labels: Sequence[str], rows
     axes = _axes(figure, left, 0.46, width, CELL[1] * rows, theme)
     axes.spines[:].set_visible(False)
     axes.set_ylim(rows - 0.5, -0.5)
-    axes.set_yticks(range(rows) if labels else [], [_text(label, 12) for label in labels])
+    axes.set_yticks(range(rows) if labels else [], [short(label, 12) for label in labels])
     return axes
 
 
@@ -229,7 +229,7 @@ def _step_ticks(axes: Axes, steps: Sequence[int], count: int) -> None:
     )
 
 
-def _legend(figure: Figure, axes: Axes, theme: Theme, columns: int) -> None:
+def legend_above(figure: Figure, axes: Axes, theme: Theme, columns: int) -> None:
     left = axes.get_position().x0
     legend = figure.legend(
         *axes.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(left, 1.0), ncols=columns, fontsize=FONT,
@@ -252,7 +252,7 @@ def _number(value: float | None) -> float:
     return np.nan if value is None else float(value)
 
 
-def _text(name: str, most: int = 24) -> str:
+def short(name: str, most: int = 24) -> str:
     """A name as matplotlib may draw it: shortened, and a dollar is a dollar."""
     return (name if len(name) <= most else name[: most - 1] + "…").replace("$", r"\$")
 
@@ -261,11 +261,11 @@ def _column(name: str) -> str:
     """A name over a narrow column, in two lines where it is long and has two words."""
     first, mark, rest = name.partition("_")
     if len(name) <= 10 or not rest:
-        return _text(name, 10)
-    return f"{_text(first, 9)}{mark}\n{_text(rest, 10)}"
+        return short(name, 10)
+    return f"{short(first, 9)}{mark}\n{short(rest, 10)}"
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     """The figure as a PNG of 128 colours: a third of the size, and no difference to be seen."""
     canvas = require("matplotlib.backends.backend_agg", "report").FigureCanvasAgg(figure)
     canvas.draw()

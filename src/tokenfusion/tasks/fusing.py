@@ -7,14 +7,18 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenfusion.backbones.dense import FusedPyramid
 from tokenfusion.backbones.fused import FusedBackbone, FuserFactory
 from tokenfusion.backbones.mit import Pyramid
+from tokenfusion.backbones.sharing import Sharing
 from tokenfusion.components import FUSER_GIVEN, maker
 from tokenfusion.errors import UserError
+from tokenfusion.fusion.channels import scale_penalty
 from tokenfusion.fusion.exchange import ExchangeRates
+from tokenfusion.fusion.pressure import Pressure
+from tokenfusion.fusion.scores import Reduction, sparsity_loss
 
 Rates = dict[str, ExchangeRates]  # block -> per modality [M]
 
@@ -27,12 +31,22 @@ class Fused(Protocol):
     data: Any
 
 
+class Pressed(Protocol):
+    """How a loss presses scores and scales down."""
+
+    sparsity: float
+    scale_sparsity: float
+    target_rate: float | None
+    reduction: Reduction
+
+
 class Placement(Protocol):
     """Where a model fuses."""
 
     score_nets: Literal["stage", "block"]
     placement: Literal["every", "last"]
     alignment: bool
+    sharing: Sharing
 
 
 def fuser_factory(recipe: Fused, trust: bool) -> FuserFactory:
@@ -48,7 +62,7 @@ def fused_backbone(network: Pyramid, recipe: Fused, model: Placement, trust: boo
     """
     make, names = fuser_factory(recipe, trust), recipe.data.modalities
     try:
-        return FusedBackbone(network, names, make, model.score_nets, model.placement, model.alignment)
+        return FusedBackbone(network, names, make, model.score_nets, model.placement, model.alignment, model.sharing)
     except (TypeError, ValueError) as error:
         raise UserError(f"fuser: {error}") from error
 
@@ -60,6 +74,43 @@ def drawn_presence(rate: float, inputs: Mapping[str, Tensor]) -> Tensor | None:
     some = next(iter(inputs.values()))
     draw = torch.rand(len(inputs), some.shape[0], device=some.device)
     return (draw >= rate) | (draw == draw.max(0, keepdim=True).values)
+
+
+class Sparsity(nn.Module):
+    """What makes scores and scales decide: their l1 norms, times lambda_1 and lambda_2 (Eq. 10).
+
+    Where a rate is wanted lambda_1 is steered, of every stage for itself.
+
+    Args:
+        loss: the recipe's section ``loss``.
+        backbone: whose scores they are.
+    """
+
+    def __init__(self, loss: Pressed, backbone: FusedPyramid) -> None:
+        super().__init__()
+        stages = [name.rpartition(".")[0] for name in backbone.block_names()]
+        self.stages = list(dict.fromkeys(stages))
+        self.members = [[i for i, stage in enumerate(stages) if stage == wanted] for wanted in self.stages]
+        self.reduction: Reduction = loss.reduction
+        self.of_scales = loss.scale_sparsity
+        self.pressure = Pressure(loss.sparsity, len(self.stages), loss.target_rate)
+
+    def forward(self, backbone: FusedPyramid, scores: Sequence[Tensor], present: Tensor | None) -> dict[str, Tensor]:
+        """``{"sparsity": loss, "scale_sparsity": loss}``, without those that press nothing."""
+        scales = backbone.scales() if self.of_scales > 0 else []
+        losses = {"scale_sparsity": self.of_scales * scale_penalty(scales)} if scales else {}
+        if not scores or not self.pressure.is_on:
+            return losses
+        norms = [sparsity_loss([scores[i] for i in members], self.reduction) for members in self.members]
+        exchanged: list[Tensor] = []
+        if self.pressure.target is not None:
+            rates = list(backbone.rates([s.detach() for s in scores], present).values())
+            exchanged = [torch.stack([rates[i].exchanged for i in members]).mean() for members in self.members]
+        return losses | {"sparsity": self.pressure(norms, exchanged)}
+
+    def watch(self) -> dict[str, Tensor]:
+        """Lambda of every stage, where it is steered."""
+        return {f"lambda/{name}": value for name, value in zip(self.stages, self.pressure.levels(), strict=False)}
 
 
 def watched_rates(backbone: FusedPyramid, scores: Sequence[Tensor], present: Tensor | None) -> dict[str, Tensor]:

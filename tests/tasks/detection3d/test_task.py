@@ -100,6 +100,20 @@ def test_sparsity_counts_tokens_that_have_a_stand_in() -> None:
     torch.testing.assert_close(both.losses(sample, output, "model")["sparsity"], 2 * torch.stack(expected).sum())
 
 
+def test_every_layers_lambda_is_steered_by_what_the_layer_exchanged() -> None:
+    model, sample = task("loss.sparsity=0", "loss.target_rate=0.25", "model.exchange=both"), batch()
+    output = model(sample)
+    got = model.losses(sample, output, "model")["sparsity"]
+    missing = [0.25 - rate.exchanged.mean() for rate in model.model.rates(output).values()]
+    parts = [[output.keys[0], output.patches[0]], [output.keys[1]]]
+    norms = [torch.stack([part.scores[part.has].mean() for part in layer]).sum() for layer in parts]
+    pressure = model.pressure
+    torch.testing.assert_close(
+        got, sum((pressure.pull + pressure.gain) * a * b for a, b in zip(missing, norms, strict=True))
+    )
+    assert [name for name in model.watch(output) if name.startswith("lambda")] == ["lambda/layer0", "lambda/layer1"]
+
+
 def test_images_that_are_left_out_show_nothing() -> None:
     sample, torn = batch(size=8), task("data.drop_images=0.5")
     torch.manual_seed(3)

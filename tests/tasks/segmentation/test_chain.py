@@ -202,7 +202,7 @@ def test_mistakes_in_recipes_and_runs(
         (["predict", run, "rgb=a.png", "--split", "val"], "--split"),
         (["predict", run, f"rgb={photo}", "--out", photo], "photo.png"),
         (["bench", "nyudv2-mit-b2", "--size", "8x8"], "32x32"),
-        (["study", "methods", "fuser=concat"], "fuser=concat"),
+        (["study", "demo", "fuser=concat", "--out", tmp_path / "study"], "fuser=concat"),
         (["eval", tmp_path], "not a run folder"),
         (["eval", run, "--split", "test"], "test"),
         (["predict", run], "rgb=a.jpg"),

@@ -13,17 +13,18 @@ import numpy as np
 import torch
 from numba import njit
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from tokenfusion.data.boxes import with_hull_sizes
+from tokenfusion.data.degrade import POINTS, Conditions
 from tokenfusion.tasks.detection3d.iou import iou3d
 from tokenfusion.tasks.detection3d.nms import count_inside, nms3d
 
 FEWEST_POINTS = 5  # a box that holds fewer is empty
 
 
-class Protocol(BaseModel):
+class Protocol(Conditions):
     """How a model is judged; the same wherever a figure is made.
 
     Attributes:
@@ -35,9 +36,9 @@ class Protocol(BaseModel):
         gt_size: ``exact``, or ``groupfree``: true boxes get the sizes of their axis-aligned hulls, for comparison with
             Group-Free's SUN RGB-D figures only.
         repeats: evaluations with other points drawn from the clouds; figures are their mean.
+        missing, degrade: see :class:`~tokenfusion.data.degrade.Conditions`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     nms_iou: float = Field(0.25, ge=0, le=1)
     per_class_proposals: bool = True
     remove_empty: bool = False
@@ -45,13 +46,20 @@ class Protocol(BaseModel):
     gt_size: Literal["exact", "groupfree"] = "exact"
     repeats: int = Field(1, ge=1)
 
+    @field_validator("missing")
+    @classmethod
+    def _has_points(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if POINTS in names:
+            raise ValueError("the detector finds boxes in its points; leave them in")
+        return names
+
     def __str__(self) -> str:
         parts = [f"NMS {self.nms_iou:g}", f"IoU > {', '.join(f'{t:g}' for t in self.thresholds)}"]
         parts += [] if self.per_class_proposals else ["most probable class only"]
         parts += ["without empty boxes"] if self.remove_empty else []
         sizes = "true sizes" if self.gt_size == "exact" else "hull sizes as Group-Free's, not comparable with others"
         runs = [f"mean of {self.repeats} runs"] if self.repeats > 1 else []
-        return ", ".join([*parts, sizes, *runs, "batch 1, fp32"])
+        return ", ".join([*parts, sizes, *runs, "batch 1, fp32"]) + self.told()
 
 
 class Detections(NamedTuple):

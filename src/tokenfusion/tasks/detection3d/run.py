@@ -26,7 +26,7 @@ def train(recipe: DetectionRecipe, out: Path, trust: bool = False) -> FitResult:
     classes = _names(folder.spec, folder.file)
     model = build_model(recipe, len(classes), trust)
     training = scenes(recipe, folder, model, recipe.data.train, classes, True)
-    validation = scenes(recipe, folder, model, recipe.data.val, classes)
+    validation = scenes(recipe, folder, model, recipe.data.val, classes, conditions=recipe.evaluation)
     if not is_started(out):
         for account in load_pretrained(model, recipe):
             print(account)
@@ -76,7 +76,7 @@ def judge(
     trust: bool,
 ) -> Judged:
     """Judge a detector on a split of a folder."""
-    judged = scenes(recipe, folder, model, split, _names(dataset, folder.file))
+    judged = scenes(recipe, folder, model, split, _names(dataset, folder.file), conditions=protocol)
     folder.scene_path(judged.ids[0], "boxes")  # who judges needs them
     result = evaluate_scenes(model, judged, protocol)
     found = {

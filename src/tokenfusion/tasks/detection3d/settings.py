@@ -63,6 +63,7 @@ class LossSettings(Section):
     image: ImageLosses = ImageLosses()
     image_steps: int | None = Field(None, ge=0)  # the image's own loss ends with this step; None: never
     sparsity: float = Field(0.0, ge=0)
+    target_rate: float | None = Field(None, ge=0, le=1)  # share of exchanged tokens that lambda is steered to
 
 
 class ParameterSettings(Section):

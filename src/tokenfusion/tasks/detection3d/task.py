@@ -14,11 +14,13 @@ from tokenfusion.backbones.weights import LoadReport, StateDict, fetch
 from tokenfusion.backbones.yolos import Yolos
 from tokenfusion.backbones.yolos_keys import load_detector
 from tokenfusion.components import build, maker
+from tokenfusion.data.degrade import PLAIN, Conditions
 from tokenfusion.data.folder import Folder
 from tokenfusion.data.motion import SceneAugment
 from tokenfusion.data.scenes import IMAGE, POINTS, SceneBatch, Scenes
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.crossing import Exchange
+from tokenfusion.fusion.pressure import Pressure
 from tokenfusion.tasks.detection3d.groupfree import GroupFree
 from tokenfusion.tasks.detection3d.inference import LAST, primary
 from tokenfusion.tasks.detection3d.losses import groupfree_losses
@@ -91,6 +93,7 @@ def scenes(
     split: str,
     classes: Sequence[str],
     training: bool = False,
+    conditions: Conditions = PLAIN,
 ) -> Scenes:
     """A split as training or evaluation sees it; labels count the run's ``classes``.
 
@@ -111,6 +114,7 @@ def scenes(
         model.points.indexer() if data.index_points else None,
         data.boxes2d,
         () if folder.scene.boxes is None else classes,
+        conditions=conditions,
     )
 
 
@@ -124,6 +128,7 @@ class DetectionTask(Task):
         self.model, self.recipe = model, recipe
         self.monitor = f"{LAST}/{primary(recipe.evaluation)}"
         self.judges_images = True
+        self.pressure = Pressure(recipe.loss.sparsity, len(model.key_exchange), recipe.loss.target_rate)
 
     def begin(self, step: int) -> None:
         end = self.recipe.loss.image_steps
@@ -143,9 +148,9 @@ class DetectionTask(Task):
         losses = {f"points/{k}": v for k, v in groupfree_losses(outputs.points, truth, settings.points).items()}
         if outputs.image is not None and self.judges_images:
             losses |= {f"image/{k}": v for k, v in self._image_losses(batch, outputs).items()}
-        scored = [*outputs.keys, *outputs.queries, *outputs.patches]
-        if scored and settings.sparsity > 0:
-            losses["sparsity"] = settings.sparsity * torch.stack([_mean_score(s) for s in scored]).sum()
+        if outputs.keys and self.pressure.is_on:
+            rates = self.model.rates(outputs).values()
+            losses["sparsity"] = self.pressure(_layer_norms(outputs), [rate.exchanged.mean() for rate in rates])
         return losses
 
     def _image_losses(self, batch: SceneBatch, outputs: DetectionOutput) -> dict[str, Tensor]:
@@ -181,7 +186,7 @@ class DetectionTask(Task):
                 watched[f"exchange/{block}/{name}"] = share
         if outputs.visible is not None:
             watched["visible"] = outputs.visible.double().mean()
-        return watched
+        return watched | {f"lambda/layer{i}": value for i, value in enumerate(self.pressure.levels())}
 
 
 def _image_groups(network: nn.Module, lr: float, decay: float) -> list[ParameterGroup]:
@@ -192,6 +197,13 @@ def _image_groups(network: nn.Module, lr: float, decay: float) -> list[Parameter
         ParameterGroup("image", [p for name, p in named if name not in free], lr, decay),
         ParameterGroup("image without decay", [p for name, p in named if name in free], lr, False),
     ]
+
+
+def _layer_norms(outputs: DetectionOutput) -> list[Tensor]:
+    """Of every layer the mean scores of its keys, queries and patches, summed."""
+    kinds = (outputs.keys, outputs.queries, outputs.patches)
+    layers = ([kind[layer] for kind in kinds if layer < len(kind)] for layer in range(len(outputs.keys)))
+    return [torch.stack([_mean_score(scored) for scored in layer]).sum() for layer in layers]
 
 
 def _mean_score(scored: Scored) -> Tensor:

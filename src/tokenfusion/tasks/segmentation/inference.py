@@ -6,33 +6,34 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokenfusion.data.degrade import Conditions
 from tokenfusion.data.frames import Frames
 from tokenfusion.tasks.fusing import MeanRates, Rates
 from tokenfusion.tasks.segmentation.metrics import confusion_matrix
 from tokenfusion.tasks.segmentation.model import FusedSegmenter
 
 
-class Evaluation(BaseModel):
+class Evaluation(Conditions):
     """How a model is judged; the same wherever a figure is made.
 
     Attributes:
         scales: relative image sizes; several are averaged as probabilities.
         flip: average with the mirrored image too.
         upsample: how logits reach label size; the released code uses bicubic.
+        missing, degrade: see :class:`~tokenfusion.data.degrade.Conditions`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0,), min_length=1)
     flip: bool = False
     upsample: Literal["bilinear", "bicubic"] = "bilinear"
 
     def __str__(self) -> str:
         scales = "single scale" if self.scales == (1.0,) else f"scales {', '.join(f'{s:g}' for s in self.scales)}"
-        return f"{scales}{' + flip' if self.flip else ''}, {self.upsample} to label size, batch 1, fp32"
+        return f"{scales}{' + flip' if self.flip else ''}, {self.upsample} to label size, batch 1, fp32{self.told()}"
 
 
 MULTI_SCALE = {"scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75), "flip": True}
@@ -43,6 +44,7 @@ class Inference(NamedTuple):
 
     predictions: dict[str, Tensor]  # stream or "ensemble": int64 [H, W]
     scores: list[Tensor]  # of the plain view: per fused block [M, 1, N]
+    present: Tensor | None  # bool [M, 1], None where every modality is there
 
 
 class Result(NamedTuple):
@@ -68,7 +70,7 @@ def infer(model: FusedSegmenter, inputs: Mapping[str, Tensor], size: Sequence[in
         total = {name: _upsample(x, size, protocol) for name, x in streams.items()}
         if protocol.scales != (1.0,) or protocol.flip:
             total = _many_views(model, batch, size, protocol)
-    return Inference({name: x[0].argmax(0) for name, x in total.items()}, plain.scores)
+    return Inference({name: x[0].argmax(0) for name, x in total.items()}, plain.scores, plain.present)
 
 
 def _upsample(logits: Tensor, size: Sequence[int], protocol: Evaluation) -> Tensor:
@@ -101,11 +103,15 @@ def _rescale(x: Tensor, scale: float, smallest: int) -> Tensor:
 def evaluate(
     model: FusedSegmenter, frames: Frames, classes: int, protocol: Evaluation, rank: int = 0, world: int = 1
 ) -> Result:
-    """Judge a split, image by image; every process takes each ``world``-th image, none twice."""
+    """Judge a split, image by image; every process takes each ``world``-th image, none twice.
+
+    A modality that the frames leave out has no stream of its own.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    confusion = {n: torch.zeros(classes, classes, dtype=torch.int64) for n in (*model.modalities, "ensemble")}
+    streams = [*(n for n in model.modalities if n in frames.specs), "ensemble"]
+    confusion = {n: torch.zeros(classes, classes, dtype=torch.int64) for n in streams}
     rates = MeanRates()
     indices = range(rank, len(frames), world)
     for index in indices:
@@ -114,6 +120,6 @@ def evaluate(
         seen = infer(model, {n: x.to(device) for n, x in frame.inputs.items()}, frame.target.shape, protocol)
         for name, prediction in seen.predictions.items():
             confusion[name] += confusion_matrix(frame.target, prediction.cpu(), classes)
-        rates.add(model.backbone.rates(seen.scores))
+        rates.add(model.backbone.rates(seen.scores, seen.present))
     model.train(was_training)
     return Result(confusion, rates.means(), len(indices))

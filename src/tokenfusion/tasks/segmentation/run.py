@@ -29,7 +29,8 @@ def train(recipe: SegmentationRecipe, out: Path, trust: bool = False) -> FitResu
     folder = Folder(recipe.data.root)
     if not folder.has_target:
         raise UserError(f"{folder.file}: training needs a target")
-    training, validation = frames(recipe, folder, recipe.data.train, True), frames(recipe, folder, recipe.data.val)
+    training = frames(recipe, folder, recipe.data.train, True)
+    validation = frames(recipe, folder, recipe.data.val, conditions=recipe.evaluation)
     model = build_model(recipe, len(folder.classes), trust)
     model.backbone.check_size(next(iter(validation[0].inputs.values())).shape)  # now, and not after the last step
     if recipe.model.weights is not None and not is_started(out):
@@ -86,7 +87,7 @@ def judge(
         raise UserError(f"{folder.file}: evaluation needs a target; predict does without")
     if folder.classes != [entry.name for entry in dataset.classes]:
         raise UserError(f"{folder.file}: has other classes than the data that this run was trained on")
-    judged = frames(recipe, folder, split)
+    judged = frames(recipe, folder, split, conditions=protocol)
     result = evaluate_frames(model, judged, len(folder.classes), protocol)
     per_class = {name: segmentation_scores(matrix) for name, matrix in result.confusion.items()}
     figures = {

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from tokenfusion.backbones.sharing import Sharing
 from tokenfusion.components import TARGET, Component, Section
 from tokenfusion.tasks.segmentation.inference import Evaluation
 from tokenfusion.train import TrainSettings
@@ -47,6 +48,7 @@ class ModelSettings(Section):
     score_nets: Literal["stage", "block"] = "stage"
     placement: Literal["every", "last"] = "every"
     alignment: bool = False  # residual positional alignment
+    sharing: Sharing = "default"  # of layers by the streams: all but norms; shared: norms too; unshared: none
     blocks: tuple[int, ...] | None = None  # of a network of timm or Hugging Face: which blocks fuse; null = all
     frozen: int = Field(0, ge=0)  # of such a network: its stem and so many first blocks keep their weights
     freeze_head_norm: bool = False  # batch norm of the head stays at its initial statistics, as released
@@ -56,6 +58,8 @@ class LossSettings(Section):
     """Cross-entropy per stream and ensemble, plus ``sparsity`` (lambda) times the l1 norm of the scores."""
 
     sparsity: float = Field(0.0, ge=0)
+    target_rate: float | None = Field(None, ge=0, le=1)  # share of exchanged tokens that lambda is steered to
+    scale_sparsity: float = Field(0.0, ge=0)  # lambda_2 of channel exchange: times the sum of the norms' |scales|
     reduction: Literal["sum", "mean"] = "mean"
 
 

@@ -9,11 +9,11 @@ from tokenfusion.backbones.dense import DenseBackbone, FusedPyramid
 from tokenfusion.backbones.mit import MiT
 from tokenfusion.components import FUSER_GIVEN, build
 from tokenfusion.data.augment import Augment
+from tokenfusion.data.degrade import PLAIN, Conditions
 from tokenfusion.data.folder import Folder
 from tokenfusion.data.frames import Batch, Frames
 from tokenfusion.errors import UserError
-from tokenfusion.fusion.scores import sparsity_loss
-from tokenfusion.tasks.fusing import drawn_presence, fused_backbone, fuser_factory, watched_rates
+from tokenfusion.tasks.fusing import Sparsity, drawn_presence, fused_backbone, fuser_factory, watched_rates
 from tokenfusion.tasks.segmentation.losses import upsampled_cross_entropy
 from tokenfusion.tasks.segmentation.metrics import IGNORE
 from tokenfusion.tasks.segmentation.model import FusedSegmenter, SegmentationOutput
@@ -36,7 +36,8 @@ def build_model(recipe: SegmentationRecipe, classes: int, trust: bool = False) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         network = build(recipe.model.backbone, "model.backbone", trust)
-        backbone = _fused(network, recipe, trust)
+        with torch.random.fork_rng(devices=[]):  # whatever a fuser draws, the head starts alike
+            backbone = _fused(network, recipe, trust)
         head = build(recipe.model.head, "model.head", trust, dims=backbone.dims, classes=classes)
     return FusedSegmenter(backbone, head)
 
@@ -50,7 +51,8 @@ def _fused(network: nn.Module, recipe: SegmentationRecipe, trust: bool) -> Fused
     if model.placement != "every":
         raise UserError("model.placement is MiT's; of a network of timm or Hugging Face model.blocks names blocks")
     make, names = fuser_factory(recipe, trust), recipe.data.modalities
-    return DenseBackbone(network, names, make, model.score_nets, model.blocks, model.alignment, model.frozen)
+    how = model.score_nets, model.blocks, model.alignment, model.frozen, model.sharing
+    return DenseBackbone(network, names, make, *how)
 
 
 def load_pretrained(model: FusedSegmenter, source: str) -> str:
@@ -58,11 +60,13 @@ def load_pretrained(model: FusedSegmenter, source: str) -> str:
     return model.backbone.load(source)
 
 
-def frames(recipe: SegmentationRecipe, folder: Folder, split: str, training: bool = False) -> Frames:
+def frames(
+    recipe: SegmentationRecipe, folder: Folder, split: str, training: bool = False, conditions: Conditions = PLAIN
+) -> Frames:
     """A split as training or evaluation sees it."""
     data = recipe.data
     if not training:
-        return Frames(folder, split, data.modalities, resize=data.resize)
+        return Frames(folder, split, data.modalities, resize=data.resize, conditions=conditions)
     augment = Augment(data.crop or data.resize, data.scale, data.flip, data.jitter, data.resize, data.shorter)
     return Frames(folder, split, data.modalities, augment, recipe.seed)
 
@@ -80,6 +84,7 @@ class SegmentationTask(Task):
         if isinstance(model.backbone, DenseBackbone):
             model.backbone.rest()
         model.ensemble.alpha.requires_grad_(recipe.parameters.train_ensemble)
+        self.sparsity = Sparsity(recipe.loss, model.backbone)
 
     def train(self, mode: bool = True) -> SegmentationTask:
         super().train(mode)
@@ -103,9 +108,7 @@ class SegmentationTask(Task):
             losses[name] = upsampled_cross_entropy(logits, target)
         if self.model.ensemble.alpha.requires_grad:  # it trains nothing else: the streams come in detached
             losses["ensemble"] = upsampled_cross_entropy(outputs.ensemble, batch.target)
-        if outputs.scores and self.recipe.loss.sparsity > 0:
-            losses["sparsity"] = self.recipe.loss.sparsity * sparsity_loss(outputs.scores, self.recipe.loss.reduction)
-        return losses
+        return losses | self.sparsity(self.model.backbone, outputs.scores, outputs.present)
 
     def parameter_groups(self, phase: str) -> list[ParameterGroup]:
         settings, model = self.recipe.parameters, self.model
@@ -118,4 +121,4 @@ class SegmentationTask(Task):
         ]
 
     def watch(self, outputs: SegmentationOutput) -> dict[str, Tensor]:
-        return watched_rates(self.model.backbone, outputs.scores, outputs.present)
+        return watched_rates(self.model.backbone, outputs.scores, outputs.present) | self.sparsity.watch()

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from tokenfusion.components import TARGET, Component, build
+from tokenfusion.data.degrade import Conditions
 from tokenfusion.data.frames import Frame, Frames
 from tokenfusion.data.inputs import from_tanh
 from tokenfusion.data.modality import ModalitySpec
@@ -23,7 +24,7 @@ from tokenfusion.tasks.translation.released import drawn, released_distances
 TRUTH = "truth"
 
 
-class Evaluation(BaseModel):
+class Evaluation(Conditions):
     """How a model is judged; the same wherever a figure is made.
 
     Attributes:
@@ -33,9 +34,9 @@ class Evaluation(BaseModel):
             ``[B, 3, H, W]`` to ``[B, D]``; ``none``: neither is computed.
         feature_weights: file, folder or hub id for ``inception`` and ``dinov2``.
         kid_subsets, kid_subset_size: of the standard protocol.
+        missing, degrade: see :class:`~tokenfusion.data.degrade.Conditions`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     protocol: Literal["standard", "released"] = "standard"
     features: Literal["none", "inception", "dinov2", "pixels"] | Component = "none"
     feature_weights: str | None = None
@@ -49,7 +50,7 @@ class Evaluation(BaseModel):
 
     def describe(self, features: str | None) -> str:
         """The protocol in one line; ``features`` is the extractor's name."""
-        line = f"{self.protocol}: batch 1, fp32, MAE and MSE in -1..1 over measured pixels"
+        line = f"{self.protocol}: batch 1, fp32, MAE and MSE in -1..1 over measured pixels{self.told()}"
         if features is None:
             return line
         if self.protocol == "released":
@@ -79,6 +80,7 @@ class Inference(NamedTuple):
 
     images: dict[str, Tensor]  # branch or "ensemble": float32 [3, H, W] in -1..1
     scores: list[Tensor]  # per fused block [M, 1, N]
+    present: Tensor | None  # bool [M, 1], None where every modality is there
 
 
 class Result(NamedTuple):
@@ -106,7 +108,7 @@ def infer(model: FusedTranslator, inputs: Mapping[str, Tensor]) -> Inference:
     with torch.autocast(next(model.parameters()).device.type, enabled=False):
         seen = model(batch)
     images = {**seen.images, "ensemble": seen.ensemble}
-    return Inference({name: x[0] for name, x in images.items()}, seen.scores)
+    return Inference({name: x[0] for name, x in images.items()}, seen.scores, seen.present)
 
 
 def evaluate(
@@ -133,7 +135,7 @@ def evaluate(
         for table, rows in zip(tables, _rows(frame, seen.images, target, protocol, extractor), strict=True):
             for name, row in rows.items():
                 table.setdefault(name, torch.zeros(len(frames), len(row), dtype=row.dtype))[index] = row if own else 0
-        rates.add(model.backbone.rates(seen.scores))
+        rates.add(model.backbone.rates(seen.scores, seen.present))
     model.train(was_training)
     pixels, physical, spread, features = tables
     return Result(pixels, physical, spread, features, rates.means())

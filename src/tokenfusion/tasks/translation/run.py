@@ -27,7 +27,8 @@ from tokenfusion.train import Engine, FitResult, fit, jsonable, warn
 def train(recipe: TranslationRecipe, out: Path, trust: bool = False) -> FitResult:
     """Train into a run folder, or go on from its newest checkpoint."""
     folder = Folder(recipe.data.root)
-    training, validation = frames(recipe, folder, recipe.data.train, True), frames(recipe, folder, recipe.data.val)
+    training = frames(recipe, folder, recipe.data.train, True)
+    validation = frames(recipe, folder, recipe.data.val, conditions=recipe.evaluation)
     model, critic = build_model(recipe, trust), build_discriminator(recipe, trust)
     extractor = extractor_of(recipe.evaluation, trust)
     if recipe.model.weights is not None and not is_started(out):
@@ -75,7 +76,7 @@ def judge(
     trust: bool,
 ) -> Judged:
     """Judge a generator on a split of a folder."""
-    judged = frames(recipe, folder, split)
+    judged = frames(recipe, folder, split, conditions=protocol)
     extractor = extractor_of(protocol, trust)
     result = evaluate_frames(model, judged, protocol, extractor)
     streams = figures(result, judged.specs[recipe.data.target], protocol, recipe.seed)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from tokenfusion.backbones.sharing import Sharing
 from tokenfusion.components import Component, Section
 from tokenfusion.tasks.translation.inference import Evaluation
 from tokenfusion.train import TrainSettings
@@ -35,6 +36,7 @@ class ModelSettings(Section):
     score_nets: Literal["stage", "block"] = "stage"
     placement: Literal["every", "last"] = "last"  # every block of encoder and decoder (paper); last of encoder stages
     alignment: bool = False  # residual positional alignment
+    sharing: Sharing = "default"  # of layers by the streams: all but norms; shared: norms too; unshared: none
 
 
 class LossSettings(Section):
@@ -43,6 +45,8 @@ class LossSettings(Section):
     adversarial: float = Field(1.0, ge=0)
     l1: float = Field(100.0, ge=0)
     sparsity: float = Field(0.0, ge=0)
+    target_rate: float | None = Field(None, ge=0, le=1)  # share of exchanged tokens that lambda is steered to
+    scale_sparsity: float = Field(0.0, ge=0)  # lambda_2 of channel exchange: times the sum of the norms' |scales|
     reduction: Literal["sum", "mean"] = "mean"
 
 

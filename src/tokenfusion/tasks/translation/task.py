@@ -11,11 +11,11 @@ from tokenfusion.backbones.mit import MiT, Pyramid
 from tokenfusion.backbones.weights import fetch, load_into
 from tokenfusion.components import FUSER_GIVEN, build
 from tokenfusion.data.augment import Augment
+from tokenfusion.data.degrade import PLAIN, Conditions
 from tokenfusion.data.folder import Folder
 from tokenfusion.data.frames import Batch, Frames
 from tokenfusion.errors import UserError
-from tokenfusion.fusion.scores import sparsity_loss
-from tokenfusion.tasks.fusing import drawn_presence, fused_backbone, watched_rates
+from tokenfusion.tasks.fusing import Sparsity, drawn_presence, fused_backbone, watched_rates
 from tokenfusion.tasks.translation.losses import masked_l1, patch_bce
 from tokenfusion.tasks.translation.model import Discriminator, FusedTranslator, TranslationOutput, discriminator
 from tokenfusion.tasks.translation.settings import TranslationRecipe
@@ -68,11 +68,13 @@ def load_pretrained(model: FusedTranslator, source: str) -> str:
     return load_into(model, own).summary(source)
 
 
-def frames(recipe: TranslationRecipe, folder: Folder, split: str, training: bool = False) -> Frames:
+def frames(
+    recipe: TranslationRecipe, folder: Folder, split: str, training: bool = False, conditions: Conditions = PLAIN
+) -> Frames:
     """A split as training or evaluation sees it."""
     data = recipe.data
     if not training:
-        return Frames(folder, split, data.modalities, resize=data.resize, target=data.target)
+        return Frames(folder, split, data.modalities, resize=data.resize, target=data.target, conditions=conditions)
     size = data.enlarge or data.resize
     augment = Augment(data.crop or size, (1.0, 1.0), data.flip, resize=size)
     return Frames(folder, split, data.modalities, augment, recipe.seed, target=data.target)
@@ -88,6 +90,7 @@ class TranslationTask(Task):
         self.model = model
         self.discriminator = critic
         self.recipe = recipe
+        self.sparsity = Sparsity(recipe.loss, model.backbone)
         self.monitor = f"ensemble/{recipe.evaluation.primary}"
         self.higher_is_better = False
 
@@ -110,9 +113,7 @@ class TranslationTask(Task):
         losses = {"adversarial": loss.adversarial * judged.sum()}
         losses |= {f"l1/{name}": loss.l1 * value for name, value in zip(outputs.images, l1, strict=True)}
         losses["l1/ensemble"] = loss.l1 * masked_l1(outputs.ensemble[None], target, batch.valid)[0]
-        if outputs.scores and loss.sparsity > 0:
-            losses["sparsity"] = loss.sparsity * sparsity_loss(outputs.scores, loss.reduction)
-        return losses
+        return losses | self.sparsity(self.model.backbone, outputs.scores, present)
 
     def _discriminator_losses(
         self, batch: Batch, target: Tensor, shown: dict[str, Tensor], present: Tensor | None
@@ -130,4 +131,4 @@ class TranslationTask(Task):
         return by_decay(phase, self.discriminator, self.recipe.parameters.discriminator_lr)
 
     def watch(self, outputs: TranslationOutput) -> dict[str, Tensor]:
-        return watched_rates(self.model.backbone, outputs.scores, outputs.present)
+        return watched_rates(self.model.backbone, outputs.scores, outputs.present) | self.sparsity.watch()

@@ -1,0 +1,71 @@
+"""TokenFusion with its exchange mended: the better-scored stream gives, whole, and no more than a budget."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tokenfusion.fusion.exchange import substitute
+from tokenfusion.fusion.fusers import Context, Entry, Fuser, behind_prefix
+from tokenfusion.fusion.scores import ScorePredictor
+
+EVEN = 0.5  # r where both score alike
+
+
+class MendedFusion(Fuser):
+    """A token's attention output is substituted by its partner's where the partner scores higher. Ours.
+
+    Under the released rule most donors are below the threshold themselves and come weighed by their own small scores: attention
+    is pruned there, not exchanged. Here scores are compared with each other and weigh nothing. All of them start equal, so that
+    the model starts exactly as the unfused one. They learn through the straight-through estimate of the choice: the gradient
+    of the blend ``r x own + (1 - r) x stand-in``, where ``r = s / (s + s_partner)`` is what the fuser returns as its scores.
+
+    Args:
+        dim, modalities, stage, seed: see :class:`~tokenfusion.fusion.fusers.Fuser`.
+        budget: largest share of a stream's tokens that is exchanged, 0..1; those whose partners are furthest ahead.
+    """
+
+    threshold: float | None = EVEN  # None of a single stream
+
+    def __init__(self, dim: int, modalities: int, stage: int = 0, seed: int = 0, budget: float = 0.5) -> None:
+        super().__init__(dim, modalities, stage, seed)
+        if not 0 <= budget <= 1:
+            raise ValueError(f"budget must be in 0..1, not {budget}")
+        self.budget = budget
+        if modalities == 1:  # nobody to compare with
+            self.threshold = None
+            return
+        self.score = ScorePredictor(dim, modalities)
+        for net in self.score.nets:
+            nn.init.zeros_(cast("nn.Linear", cast("nn.Sequential", net)[-1]).weight)
+
+    def enter(self, x: Tensor, ctx: Context) -> Entry:
+        x = ctx.align(x)
+        if self.threshold is None:
+            return Entry(x)
+        return Entry(x, self._shares(self.score(x[:, :, ctx.prefix :]), ctx.present))
+
+    def leave(self, attended: Tensor, scores: Tensor | None, ctx: Context) -> Tensor:
+        if scores is None:
+            return attended
+        return behind_prefix(attended, ctx.prefix, lambda x: self._exchanged(x, scores, ctx.present))
+
+    def _exchanged(self, x: Tensor, scores: Tensor, present: Tensor | None) -> Tensor:
+        stand_in = self.stand_in(x, present)
+        chosen = substitute(x, stand_in, scores < EVEN)
+        if not self.training:
+            return chosen
+        estimate = (scores - scores.detach()).unsqueeze(-1)  # zero, with the gradient of the blend
+        return chosen + estimate * (x - stand_in).detach()
+
+    def _shares(self, s: Tensor, present: Tensor | None) -> Tensor:
+        """``r``, at least 0.5 where the budget is spent and 0 where the modality is missing: ``[M, B, N]``."""
+        partner = self.stand_in(s, present)
+        shares = s / (s + partner).clamp(min=1e-6)
+        count = int(self.budget * s.shape[-1])
+        last = shares.topk(max(count, 1), dim=-1, largest=False).values[..., -1:]
+        spent = shares > last if count else torch.ones_like(shares, dtype=torch.bool)
+        shares = torch.where(spent, shares.clamp(min=EVEN), shares)
+        return shares if present is None else shares * present.unsqueeze(-1)

@@ -1,0 +1,55 @@
+"""What a run has reached: by its own ``metrics.json``, under other conditions, and how long a sample takes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenfusion.errors import UserError
+from tokenfusion.study.outline import slug
+
+TIMES = "seconds.json"
+
+
+def figures(run: Path, condition: str = "") -> dict[str, Any]:
+    """What a run's ``metrics.json`` holds, or what it reached under a condition; ``seconds`` too where it was timed."""
+    file = condition_file(run, condition) if condition else run / "metrics.json"
+    found = dict(json.loads(file.read_text(encoding="utf-8")))
+    times = run / TIMES
+    return {**found, **json.loads(times.read_text(encoding="utf-8"))} if times.is_file() else found
+
+
+def condition_file(run: Path, title: str) -> Path:
+    """Where the figures of a run under a condition stand."""
+    return run / "conditions" / f"{slug(title)}.json"
+
+
+def is_judged(run: Path, title: str, changes: Mapping[str, Any]) -> bool:
+    """Whether a run has been judged under a condition, and the condition meant this."""
+    try:
+        return bool(figures(run, title)["evaluation"] == json.loads(json.dumps(dict(changes))))
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def primary(metrics: Mapping[str, Any]) -> str:
+    """The figure that ranks; runs of old state none."""
+    return str(metrics.get("primary", "miou"))
+
+
+def check_judged_alike(runs: Sequence[Path]) -> None:
+    """``eval`` may have judged a run anew and in another way: such figures do not share a table.
+
+    Raises:
+        UserError: names two runs that were judged otherwise.
+    """
+    told = {run: figures(run) for run in runs}
+    for run, found in told.items():
+        for key in ("protocol", "dataset"):
+            if found.get(key) != told[runs[0]].get(key):
+                raise UserError(
+                    f"{run}: was judged otherwise ({found.get(key)}) than {runs[0]} ({told[runs[0]].get(key)}); judge all"
+                    " runs alike with `tokenfusion eval`, and call again"
+                )

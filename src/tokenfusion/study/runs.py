@@ -1,0 +1,152 @@
+"""The runs of a study: those that are not done are trained and judged, as many at a time as there are devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from tokenfusion.api import Recipe, recipe_of
+from tokenfusion.components import write_text
+from tokenfusion.errors import UserError
+from tokenfusion.recipe import read_recipe
+from tokenfusion.report import metric
+from tokenfusion.report.rows import rows_of
+from tokenfusion.study.outline import Part
+from tokenfusion.study.plan import Cell
+from tokenfusion.study.results import figures, is_judged, primary
+from tokenfusion.train import WITHOUT_EFFECT_ON_WEIGHTS
+
+
+def carry_out(cells: Mapping[Cell, Part], jobs: int | None = None) -> None:
+    """Train what is not done yet, and judge it as its part wants; each run in processes of its own.
+
+    Args:
+        cells: the runs, each with the part of the study that it belongs to.
+        jobs: runs at a time; None: one per CUDA device, or one with all cores.
+
+    Raises:
+        UserError: where a run fails; its log is named. The others are finished first.
+    """
+    devices = _devices()
+    jobs = jobs or max(1, len(devices))
+    free: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for place in range(jobs):
+        free.put(devices[place % len(devices)] if devices else "")
+    _adopt({cell: part for cell, part in cells.items() if not is_done(cell, part)})
+    waiting = [cell for cell, part in cells.items() if not is_done(cell, part)]
+
+    def work(cell: Cell) -> bool:
+        device = free.get()
+        try:
+            return _work(cell, cells[cell], _environment(device, jobs))
+        finally:
+            free.put(device)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        ended = dict(zip(waiting, pool.map(work, waiting), strict=True))
+    failed = [cell.run / "train.log" for cell, is_well in ended.items() if not is_well]
+    if failed:
+        last = failed[0].read_text(errors="replace").strip().splitlines()[-1:]
+        more = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
+        raise UserError(f"{failed[0]}: this run failed{more} ({' '.join(last)}); mend it and call again")
+
+
+PAPERS = ("recipe.yaml", "dataset.yaml", "metrics.json", "seconds.json", "command.txt", "conditions")
+
+
+def _adopt(cells: Mapping[Cell, Part]) -> None:
+    """Take over, without its weights, what another study in a folder beside this one's has trained by the same recipe."""
+    if not cells:
+        return
+    others = next(iter(cells)).run.parents[2].glob("*/*/*-seed*/command.txt")
+    done = {_key(recipe_of(file.parent)): file.parent for file in others if (file.parent / "metrics.json").is_file()}
+    for cell, part in cells.items():
+        other = done.get(_key(read_recipe(cell.recipe, cell.overrides)))
+        if other is None or other == cell.run or not is_done(cell._replace(run=other), part):
+            continue
+        cell.run.mkdir(parents=True, exist_ok=True)
+        for name in PAPERS:
+            if (other / name).is_dir():
+                shutil.copytree(other / name, cell.run / name, dirs_exist_ok=True)
+            elif (other / name).is_file():
+                shutil.copyfile(other / name, cell.run / name)
+        print(f"adopted:  {cell.run.name} is {other}", flush=True)
+
+
+def _key(recipe: Recipe) -> str:
+    return json.dumps(_essence(recipe), sort_keys=True)
+
+
+def _devices() -> list[str]:
+    """The CUDA devices of this machine, as CUDA_VISIBLE_DEVICES names them."""
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return (named or [str(index) for index in range(torch.cuda.device_count())])[: torch.cuda.device_count()]
+
+
+def _environment(device: str, jobs: int) -> dict[str, str]:
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    return {**environment, "CUDA_VISIBLE_DEVICES": device} if device else environment
+
+
+def _work(cell: Cell, part: Part, environment: Mapping[str, str]) -> bool:
+    """Train and judge one run; whether that went well. What it says goes to its ``train.log``."""
+    cell.run.mkdir(parents=True, exist_ok=True)
+    write_text(cell.run / "command.txt", cell.command() + "\n")
+    print(f"started:  {cell.command()}", flush=True)
+    began = time.monotonic()
+    commands = [["tokenfusion.cli", *cell.words()]]
+    if part.conditions or part.is_timed:
+        commands += [["tokenfusion.study.judging", str(cell.run), json.dumps(part.conditions), str(part.is_timed)]]
+    with (cell.run / "train.log").open("ab") as log:
+        is_well = all(
+            subprocess.run([sys.executable, "-m", *words], stdout=log, stderr=log, env=environment).returncode == 0
+            for words in commands
+        )
+    outcome = _outcome(figures(cell.run)) if is_well else "failed"
+    print(f"finished: {cell.run.name} after {time.monotonic() - began:.0f} s, {outcome}", flush=True)
+    return is_well
+
+
+def is_done(cell: Cell, part: Part | None = None) -> bool:
+    """Whether a run has ended with this very recipe; with a part, also whether it is judged and timed as that wants.
+
+    Its weights need not be there any more. Where the data stand, and what has no effect on the weights, may differ. A run of
+    another recipe is left to ``train``, which refuses it.
+    """
+    try:
+        found, wanted = figures(cell.run), read_recipe(cell.recipe, cell.overrides)
+        judged = (found["split"], found["checkpoint"], found["step"])
+        is_same = _essence(recipe_of(cell.run)) == _essence(wanted)
+    except (OSError, ValueError, KeyError):
+        return False
+    if judged != (wanted.data.val, "last", wanted.train.steps) or not is_same:
+        return False
+    if part is None:
+        return True
+    is_all = all(is_judged(cell.run, title, changes) for title, changes in part.conditions.items())
+    return is_all and ("seconds" in found or not part.is_timed)
+
+
+def _essence(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe decides about its weights and figures."""
+    content = recipe.model_dump(mode="json")
+    content.pop("description")
+    content["data"].pop("root")
+    content["train"] = {key: value for key, value in content["train"].items() if key not in WITHOUT_EFFECT_ON_WEIGHTS}
+    return content
+
+
+def _outcome(metrics: Mapping[str, Any]) -> str:
+    ranks, leader = primary(metrics), rows_of(metrics.get("task", "")).leader
+    return f"{leader} {metric.label(ranks)} {metric.number(metrics['streams'][leader][ranks], ranks)}"

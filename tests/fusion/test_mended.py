@@ -1,0 +1,93 @@
+"""The mended rule: better donors, whole, within a budget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tokenfusion.backbones.mit import MiTBlock
+from tokenfusion.fusion import Context, MendedFusion, NoFusion, make_private
+
+GRID = (4, 4)
+C = 8
+
+
+@pytest.fixture
+def block(shake) -> MiTBlock:
+    return shake(make_private(MiTBlock(C, 2, 2, drop_path=0.0), 2, (nn.LayerNorm,)).double()).eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 16, C, dtype=torch.float64)
+
+
+def with_scores(fuser: MendedFusion, scores: Tensor) -> MendedFusion:
+    """Scores as given, whatever the tokens are."""
+    fuser.score = lambda x: scores  # type: ignore[assignment,method-assign]
+    return fuser
+
+
+def given(scores: Tensor, **options: float) -> MendedFusion:
+    fuser = MendedFusion(C, 2, **options)
+    del fuser.score
+    return with_scores(fuser, scores)
+
+
+def test_it_starts_exactly_as_the_unfused_model(block: MiTBlock, x: Tensor) -> None:
+    for training in (False, True):
+        fuser = MendedFusion(C, 2).double().train(training)
+        out, scores = fuser(block, x, Context(GRID))
+        assert torch.equal(out, NoFusion(C, 2)(block, x, Context(GRID))[0])
+        assert fuser.rates(scores).exchanged.tolist() == [0, 0]
+
+
+def test_a_token_is_replaced_only_by_one_that_scores_higher_and_that_comes_whole(x: Tensor) -> None:
+    scores = torch.rand(2, 3, 16, dtype=torch.float64)
+    fuser = given(scores, budget=1.0).eval()
+    got = fuser.leave(x, fuser.enter(x, Context(GRID)).scores, Context(GRID))
+    higher = scores.flip(0) > scores
+    assert torch.equal(got, torch.where(higher[..., None], x.flip(0), x))
+
+
+def test_budget_goes_to_those_whose_partners_are_furthest_ahead(x: Tensor) -> None:
+    own = torch.full((3, 16), 0.5, dtype=torch.float64)
+    partner = torch.linspace(0.1, 0.9, 16, dtype=torch.float64).expand(3, 16)
+    fuser = given(torch.stack([own, partner]), budget=0.25).eval()
+    shares = fuser.enter(x, Context(GRID)).scores
+    assert (shares[0] < 0.5).tolist() == [[False] * 12 + [True] * 4] * 3
+    assert (shares[1] < 0.5).tolist() == [[True] * 4 + [False] * 12] * 3
+    assert fuser.rates(shares).exchanged.tolist() == [0.25, 0.25]
+    assert fuser.rates(shares).donor_below.tolist() == [0, 0]
+    shares = given(torch.stack([own, partner]), budget=0.0).enter(x, Context(GRID)).scores
+    assert (shares >= 0.5).all()
+
+
+def test_a_missing_modality_is_filled_in_beyond_the_budget_and_gives_nothing(x: Tensor) -> None:
+    present = torch.tensor([[True, True, False], [True, False, True]])
+    scores = torch.rand(2, 3, 16, dtype=torch.float64)
+    fuser = given(scores, budget=0.25).eval()
+    ctx = Context(GRID, present=present)
+    got = fuser.leave(x, fuser.enter(x, ctx).scores, ctx)
+    assert torch.equal(got[:, 1], x[0, 1].expand(2, 16, C))
+    assert torch.equal(got[:, 2], x[1, 2].expand(2, 16, C))
+
+
+def test_scores_learn_from_the_task_at_the_start(block: MiTBlock, x: Tensor) -> None:
+    """The last layers, which start at zero, get the gradient of the blend."""
+    fuser = MendedFusion(C, 2).double().train()
+    wanted = torch.randn(2, 3, 16, C, dtype=torch.float64)
+    shares = fuser.enter(x, Context(GRID)).scores
+    leaf = shares.detach().requires_grad_()
+    (fuser.leave(x, leaf, Context(GRID)) * wanted).sum().backward()
+    blend = leaf.detach().requires_grad_()
+    ((blend[..., None] * x + (1 - blend[..., None]) * x.flip(0)) * wanted).sum().backward()
+    torch.testing.assert_close(leaf.grad, blend.grad)
+    (fuser(block, x, Context(GRID))[0] * wanted).sum().backward()
+    assert all(net[-1].weight.grad.abs().max() > 0 for net in fuser.score.nets)
+
+
+def test_a_budget_that_is_none_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"must be in 0..1, not 2"):
+        MendedFusion(C, 2, budget=2)
