@@ -326,6 +326,14 @@ def test_a_configuration_that_does_not_fit_is_told(folder: Path, changes: dict, 
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_that_tells_no_kind_holds_one_shared_network(folder: Path) -> None:
+    config = json.loads((folder / sealed.CONFIG).read_text())
+    assert config.pop("kind") == "shared"
+    (folder / sealed.CONFIG).write_text(json.dumps(config))
+    sign(folder)
+    assert isinstance(tokenfusion.load(folder), tokenfusion.FusedNetwork)
+
+
 def test_weights_of_another_network_are_told(folder: Path) -> None:
     tensors = load_file(folder / sealed.MODEL)
     tensors.pop(next(iter(tensors)))
