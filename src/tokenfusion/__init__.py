@@ -10,11 +10,13 @@ from tokenfusion.errors import UserError
 if TYPE_CHECKING:
     from tokenfusion.api import fuse, load
     from tokenfusion.backbones.hub import FusedNetwork
+    from tokenfusion.backbones.lockstep import FusedStreams
     from tokenfusion.recipe import read_recipe
 
 __version__ = "0.1.0"
 __all__ = [
     "FusedNetwork",
+    "FusedStreams",
     "UserError",
     "fuse",
     "load",
@@ -26,6 +28,7 @@ def __getattr__(name: str) -> Any:
     """Imported when asked for: torch takes seconds, and ``tokenfusion --help`` needs none of it."""
     homes = {
         "FusedNetwork": "tokenfusion.backbones.hub",
+        "FusedStreams": "tokenfusion.backbones.lockstep",
         "fuse": "tokenfusion.api",
         "load": "tokenfusion.api",
         "read_recipe": "tokenfusion.recipe",

@@ -1,4 +1,4 @@
-"""The mended rule: better donors, whole, within a budget."""
+"""The mended rule: better donors, weighed by nothing but the two scores, within a budget."""
 
 from __future__ import annotations
 
@@ -43,12 +43,17 @@ def test_it_starts_exactly_as_the_unfused_model(block: MiTBlock, x: Tensor) -> N
         assert fuser.rates(scores).exchanged.tolist() == [0, 0]
 
 
-def test_a_token_is_replaced_only_by_one_that_scores_higher_and_that_comes_whole(x: Tensor) -> None:
+def test_a_token_gives_way_to_one_that_scores_higher_by_their_two_scores(x: Tensor) -> None:
     scores = torch.rand(2, 3, 16, dtype=torch.float64)
-    fuser = given(scores, budget=1.0).eval()
-    got = fuser.leave(x, fuser.enter(x, Context(GRID)).scores, Context(GRID))
-    higher = scores.flip(0) > scores
-    assert torch.equal(got, torch.where(higher[..., None], x.flip(0), x))
+    scores[0, 0, 0] = 0.0  # worth nothing: all of the partner
+    fuser = given(scores, budget=1.0)
+    for training in (False, True):
+        fuser.train(training)
+        got = fuser.leave(x, fuser.enter(x, Context(GRID)).scores, Context(GRID))
+        own, other = scores[..., None], scores.flip(0)[..., None]
+        blend = (own * x + other * x.flip(0)) / (own + other)
+        torch.testing.assert_close(got, torch.where(other > own, blend, x), rtol=1e-12, atol=1e-12)
+        assert torch.equal(got[0, 0, 0], x[1, 0, 0])
 
 
 def test_budget_goes_to_those_whose_partners_are_furthest_ahead(x: Tensor) -> None:
@@ -78,12 +83,12 @@ def test_scores_learn_from_the_task_at_the_start(block: MiTBlock, x: Tensor) -> 
     """The last layers, which start at zero, get the gradient of the blend."""
     fuser = MendedFusion(C, 2).double().train()
     wanted = torch.randn(2, 3, 16, C, dtype=torch.float64)
-    shares = fuser.enter(x, Context(GRID)).scores
-    leaf = shares.detach().requires_grad_()
-    (fuser.leave(x, leaf, Context(GRID)) * wanted).sum().backward()
-    blend = leaf.detach().requires_grad_()
-    ((blend[..., None] * x + (1 - blend[..., None]) * x.flip(0)) * wanted).sum().backward()
-    torch.testing.assert_close(leaf.grad, blend.grad)
+    start = fuser.enter(x, Context(GRID)).scores.detach()
+    for shares in (start, torch.rand_like(start)):
+        leaf, blend = shares.clone().requires_grad_(), shares.clone().requires_grad_()
+        (fuser.leave(x, leaf, Context(GRID)) * wanted).sum().backward()
+        ((blend[..., None] * x + (1 - blend[..., None]) * x.flip(0)) * wanted).sum().backward()
+        torch.testing.assert_close(leaf.grad, blend.grad)
     (fuser(block, x, Context(GRID))[0] * wanted).sum().backward()
     assert all(net[-1].weight.grad.abs().max() > 0 for net in fuser.score.nets)
 

@@ -1,4 +1,4 @@
-"""TokenFusion with its exchange mended: the better-scored stream gives, whole, and no more than a budget."""
+"""TokenFusion with its exchange mended: the better-scored stream gives, undiminished, and no more than a budget."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ EVEN = 0.5  # r where both score alike
 
 
 class MendedFusion(Fuser):
-    """A token's attention output is substituted by its partner's where the partner scores higher. Ours.
+    """A token's attention output gives way to its partner's where the partner scores higher. Ours.
 
     Under the released rule most donors are below the threshold themselves and come weighed by their own small scores: attention
-    is pruned there, not exchanged. Here scores are compared with each other and weigh nothing. All of them start equal, so that
-    the model starts exactly as the unfused one. They learn through the straight-through estimate of the choice: the gradient
-    of the blend ``r x own + (1 - r) x stand-in``, where ``r = s / (s + s_partner)`` is what the fuser returns as its scores.
+    is pruned there, not exchanged. Here scores weigh nothing but each other: with ``r = s / (s + s_partner)``, which is what
+    the fuser returns as its scores, a token with ``r < 1/2`` becomes ``r x own + (1 - r) x stand-in``, half of each where the
+    partner is hardly ahead, and all of the stand-in where the token is worth nothing. The others stay as they are.
+
+    All scores start equal, so that the model starts exactly as the unfused one. Tokens that stay teach their scores through the
+    straight-through estimate of the choice: the gradient that the blend would have.
 
     Args:
         dim, modalities, stage, seed: see :class:`~tokenfusion.fusion.fusers.Fuser`.
@@ -53,12 +56,9 @@ class MendedFusion(Fuser):
         return behind_prefix(attended, ctx.prefix, lambda x: self._exchanged(x, scores, ctx.present))
 
     def _exchanged(self, x: Tensor, scores: Tensor, present: Tensor | None) -> Tensor:
-        stand_in = self.stand_in(x, present)
-        chosen = substitute(x, stand_in, scores < EVEN)
-        if not self.training:
-            return chosen
-        estimate = (scores - scores.detach()).unsqueeze(-1)  # zero, with the gradient of the blend
-        return chosen + estimate * (x - stand_in).detach()
+        stand_in, r = self.stand_in(x, present), scores.unsqueeze(-1)
+        kept = x + (r - r.detach()) * (x - stand_in).detach() if self.training else x  # adds zero, and a gradient
+        return substitute(kept, r * x + (1 - r) * stand_in, scores < EVEN)
 
     def _shares(self, s: Tensor, present: Tensor | None) -> Tensor:
         """``r``, at least 0.5 where the budget is spent and 0 where the modality is missing: ``[M, B, N]``."""
