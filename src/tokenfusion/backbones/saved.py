@@ -31,7 +31,8 @@ from tokenfusion.backbones.config import (
     index_maps,
 )
 from tokenfusion.backbones.foreign import answer_of, call, weight_of
-from tokenfusion.backbones.hub import FusedNetwork, FusedOutput
+from tokenfusion.backbones.fused_model import FusedOutput
+from tokenfusion.backbones.hub import FusedNetwork
 from tokenfusion.backbones.lockstep import FusedStreams
 from tokenfusion.backbones.survey import evaluating
 from tokenfusion.backbones.weights import local_folder
@@ -51,7 +52,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
-    """Write a fused model; see :meth:`~tokenfusion.backbones.hub.FusedModel.save_pretrained`."""
+    """Write a fused model; see :meth:`~tokenfusion.backbones.fused_model.FusedModel.save_pretrained`."""
     if not isinstance(model, Fused) or type(model) not in (FusedNetwork, FusedStreams):
         raise UserError(f"{type(model).__name__} is part of a task's model: its run folder is what load() reads")
     if any(isinstance(p, DTensor) for p in model.parameters()):
@@ -70,7 +71,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
 
 
 def load(path: str | Path, network: Given = None, trust: bool = False) -> Fused:
-    """Read what :func:`save` wrote; see :meth:`~tokenfusion.backbones.hub.FusedModel.from_pretrained`."""
+    """Read what :func:`save` wrote; see :meth:`~tokenfusion.backbones.fused_model.FusedModel.from_pretrained`."""
     folder = local_folder(str(path))
     content, weights = sealed.read(folder)
     config = _config(folder / sealed.CONFIG, content)
