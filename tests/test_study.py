@@ -21,6 +21,7 @@ from tokenfusion.recipe import read_recipe
 from tokenfusion.study import Wish, plan, read_study, study
 from tokenfusion.study import runs as runs_of
 from tokenfusion.study.judging import judge, measure
+from tokenfusion.study.results import is_judged, is_timed
 from tokenfusion.study.runs import is_done
 from tokenfusion.study.spread import paired, t_quantile
 
@@ -186,6 +187,44 @@ def test_what_a_study_beside_it_has_done_is_taken_over(trainer: Trainer, outline
     assert len(trainer.trained) == 3, "nobody has judged them under that condition"
 
 
+def test_a_damaged_folder_beside_it_is_nobodys_business(
+    trainer: Trainer, outline: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other" / "rooms" / "concat-seed0"
+    other.mkdir(parents=True)
+    for name in ("recipe.yaml", "metrics.json", "command.txt"):
+        (other / name).write_text("{")
+    monkeypatch.chdir(tmp_path / "other")
+    study(outline, wish(tmp_path, out=Path("."), seeds=1))
+    assert len(trainer.trained) == 3
+
+
+def test_figures_of_other_data_are_not_taken_over(
+    trainer: Trainer, outline: str, rooms_named: Path, tmp_path: Path
+) -> None:
+    study(outline, wish(tmp_path, seeds=1))
+    trainer.trained.clear()
+    study(outline, wish(tmp_path, seeds=1, data=str(rooms_named)))
+    assert len(trainer.trained) == 3
+    study(outline, wish(tmp_path, out=tmp_path / "second", seeds=1, data=str(rooms_named)))
+    assert len(trainer.trained) == 6
+
+
+@pytest.fixture
+def rooms_named(tmp_path: Path) -> Path:
+    """Data by another name than that of the figures."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    spec = {
+        "name": "mine",
+        "modalities": {"rgb": {"kind": "rgb", "files": "rgb/{id}.png"}},
+        "splits": {"val": "val.txt"},
+    }
+    (folder / "dataset.yaml").write_text(yaml.safe_dump(spec))
+    (folder / "val.txt").write_text("0\n")
+    return folder
+
+
 def test_some_rows_now_and_tables_without_training(trainer: Trainer, outline: str, tmp_path: Path) -> None:
     text = study(outline, wish(tmp_path, rows=("concat",)))
     assert set(trainer.trained) == {"concat-seed0", "concat-seed1", "concat-seed2"}
@@ -319,7 +358,7 @@ TINY = ("train.steps=2", "train.batch_size=2", "train.warmup_steps=1", "train.ev
 def test_a_real_run_is_trained_judged_and_resumed_without_its_weights(rooms: Path, tmp_path: Path) -> None:
     asked = Wish(tmp_path / "out", seeds=1, data=str(rooms), overrides=(*TINY, "data.crop=[64, 96]"), rows=("average",))
     text = study("rules", asked)
-    assert [row[-1] for row in rows(text)[1:]] == ["0", "1", "0", "0", "0", "0"]
+    assert {row[0]: row[-1] for row in rows(text)[1:] if row[-1] != "0"} == {"average": "1"}
     run = tmp_path / "out" / "segmentation" / "average-seed0"
     before = (run / "metrics.json").read_text()
     judge(run, {"depth missing": {"missing": ["depth"]}})
@@ -327,6 +366,10 @@ def test_a_real_run_is_trained_judged_and_resumed_without_its_weights(rooms: Pat
     assert found["evaluation"] == {"missing": ["depth"]}
     assert found["streams"] != json.loads(before)["streams"]
     assert (run / "metrics.json").read_text() == before
+    assert is_judged(run, "depth missing", {"missing": ["depth"]})
+    (run / "metrics.json").write_text(before.replace('"step": 2', '"step": 3'))
+    assert not is_judged(run, "depth missing", {"missing": ["depth"]}), "it has gone on since then"
+    (run / "metrics.json").write_text(before)
     for path in (run / "checkpoints").rglob("*"):
         if path.is_file():
             path.unlink()
@@ -342,7 +385,11 @@ def test_a_detector_is_timed(rooms: Path, tmp_path: Path) -> None:
     api.train(recipe, tmp_path)
     measure(tmp_path)
     found = json.loads((tmp_path / "seconds.json").read_text())
-    assert found["timed"] == 2
+    assert found["timed"] == 1, "the first one is not counted"
+    assert is_timed(tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    (tmp_path / "metrics.json").write_text(json.dumps({**metrics, "step": 3}))
+    assert not is_timed(tmp_path), "it has gone on since then"
     assert 0 < found["seconds"] < 1000
 
 

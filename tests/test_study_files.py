@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,27 @@ def test_rows_differ_and_figures_exist(name: str, tmp_path: Path) -> None:
                 assert len({cell.overrides for cell in runs}) == len(runs)
 
 
+@pytest.mark.parametrize("name", ["alignment", "exchange"])
+def test_rows_with_alignment_have_it_in_detectors_too(name: str, tmp_path: Path) -> None:
+    """Only patches have positions, so that these must take in something."""
+    for scale in ("toy", "full"):
+        part = next(
+            part for part in plan(read_study(name)[1], Wish(tmp_path, scale, seeds=1)) if part.name == "detection"
+        )
+        for title, cells in part.cells.items():
+            recipe: Any = read_recipe(cells[0].recipe, cells[0].overrides)
+            assert recipe.model.exchange == "both"
+            assert recipe.model.alignment == ("RPA" in title)
+
+
+def test_what_a_row_has_at_one_scale_is_varied_too(tmp_path: Path) -> None:
+    study = read_study("channels")[1]
+    with pytest.raises(UserError, match=r"fuser.channel_threshold=0.5: is what this study varies"):
+        plan(study, Wish(tmp_path, overrides=("fuser.channel_threshold=0.5",)))
+    own = plan(study, Wish(tmp_path, recipe="nyudv2-vit-s-dev"))[0].cells["both"][0]
+    assert not any("channel_threshold" in override for override in own.overrides)
+
+
 def test_all_tables_of_the_paper_have_one_study_each() -> None:
     tables = [number for name in NAMES for number in read_study(name)[1].tables]
     assert sorted(tables) == list(range(1, 11))
@@ -52,7 +74,7 @@ def test_all_tables_of_the_paper_have_one_study_each() -> None:
 @pytest.mark.parametrize(
     ("table", "part", "row", "numbers"),
     [
-        (1, "rgb + shade to normal", "TokenFusion", (0.73, 1.83)),
+        (1, "rgb + shade to normal", "TokenFusion", (0.073, 0.183)),
         (2, "nyudv2", "TokenFusion", (78.6, 66.2, 53.3)),
         (2, "sunrgbd", "TokenFusion (S)", (84.7, 64.1, 53.0)),
         (4, "scannet, L12 O512", "TokenFusion", (69.8, 53.6)),
@@ -90,6 +112,11 @@ parts:
         ("{paper: [53.3]}", "{reference: true}", "several are the reference"),
         ("TokenFusion:", "Late:", "equal names of files"),
         ("TokenFusion:", '"a, b":', "has a comma"),
+        (
+            "parts:",
+            "parts:\n  ONE: {scales: {toy: {recipe: x}}, columns: {a: miou}, rows: {b: {}}}",
+            "equal names of folders",
+        ),
         ("scales: {toy:", "scales: {tiny:", "parts.one.scales"),
         ("description: mine", "description: [", "not readable as YAML"),
     ],

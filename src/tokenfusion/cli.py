@@ -307,7 +307,7 @@ def study(
     ] = None,
     rows: Annotated[str | None, typer.Option(help="Train these rows only: titles with commas between them.")] = None,
     jobs: Annotated[
-        int | None, typer.Option(help="Runs at a time; one per CUDA device, or one with all cores.", min=1)
+        int | None, typer.Option(help="Runs at a time; one per CUDA device, or two that share the cores.", min=1)
     ] = None,
     table: Annotated[bool, typer.Option("--table", help="Write the tables of what is done; train nothing.")] = False,
 ) -> None:

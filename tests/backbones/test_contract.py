@@ -27,6 +27,7 @@ CASES = [
     for case in itertools.product(
         sorted(FUSERS), (1, 2, 3, 4), ("plain", "aligned"), ("every", "last"), ("stage", "block")
     )
+    if (case[0], case[3]) != ("bottleneck", "last")  # refused: nothing would go from block to block
 ]
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tokenfusion.backbones.mit import MiTBlock
+from tokenfusion.backbones.fused import FusedBackbone
+from tokenfusion.backbones.mit import MiTBlock, mit
 from tokenfusion.fusion import Bottleneck, Context, NoFusion, make_private
 
 GRID, C, K = (4, 4), 8, 3
@@ -108,3 +109,8 @@ def test_there_must_be_a_token() -> None:
     assert Bottleneck(C, 2).offset.shape == (4, C)
     with pytest.raises(ValueError, match="at least 1, not 0"):
         Bottleneck(C, 2, tokens=0)
+
+
+def test_tokens_that_go_from_block_to_block_want_every_block() -> None:
+    with pytest.raises(ValueError, match="set 'every'"):
+        FusedBackbone(mit("b0"), ("rgb", "depth"), Bottleneck, placement="last")

@@ -56,6 +56,18 @@ def test_a_token_gives_way_to_one_that_scores_higher_by_their_two_scores(x: Tens
         assert torch.equal(got[0, 0, 0], x[1, 0, 0])
 
 
+def test_whole_tokens_come_where_that_is_wanted(x: Tensor) -> None:
+    scores = torch.rand(2, 3, 16, dtype=torch.float64)
+    for training in (False, True):
+        fuser = given(scores, budget=1.0, whole=True).train(training)
+        shares = fuser.enter(x, Context(GRID)).scores.requires_grad_()
+        got = fuser.leave(x, shares, Context(GRID))
+        higher = scores.flip(0) > scores
+        torch.testing.assert_close(got, torch.where(higher[..., None], x.flip(0), x), rtol=0, atol=0)
+    got.sum().backward()
+    torch.testing.assert_close(shares.grad, (x - x.flip(0)).sum(-1))
+
+
 def test_budget_goes_to_those_whose_partners_are_furthest_ahead(x: Tensor) -> None:
     own = torch.full((3, 16), 0.5, dtype=torch.float64)
     partner = torch.linspace(0.1, 0.9, 16, dtype=torch.float64).expand(3, 16)

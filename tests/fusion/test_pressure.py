@@ -23,6 +23,14 @@ def test_controller_follows_its_rule_for_every_stage() -> None:
     assert [level.item() for level in pressure.levels()] == pytest.approx([0.13, 0.06])
 
 
+def test_a_step_in_pieces_moves_it_as_a_whole_one() -> None:
+    whole, parts = Pressure(0.1, 1, target=0.5), Pressure(0.1, 1, target=0.5, pieces=2)
+    whole([torch.tensor(1.0)], [torch.tensor(0.3)])
+    for rate in (0.2, 0.4):
+        parts([torch.tensor(1.0)], [torch.tensor(rate)])
+    torch.testing.assert_close(parts.level, whole.level)
+
+
 def test_evaluation_does_not_move_it() -> None:
     pressure = Pressure(0.1, 1, target=0.5).eval()
     pressure([torch.tensor(1.0)], [torch.tensor(0.0)])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenfusion import api
+from tokenfusion.errors import UserError
 from tokenfusion.fusion import sparsity_loss
 from tokenfusion.recipe import read_recipe
 from tokenfusion.tasks.fusing import Sparsity
@@ -49,6 +50,18 @@ def test_nothing_to_press() -> None:
     assert sparsity(model.backbone, model(INPUTS).scores, None) == {}
     model, sparsity = segmenter("fuser=average", "loss.target_rate=0.5")
     assert sparsity(model.backbone, model(INPUTS).scores, None) == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("fuser=mended",), "those of MendedFusion do not feel; leave it out"),
+        (("loss.reduction=sum",), "steers the factor of a mean"),
+    ],
+)
+def test_what_lambda_has_no_hold_on_is_said(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        segmenter("loss.target_rate=0.5", *overrides)
 
 
 def test_every_stage_has_its_own_lambda(shake) -> None:

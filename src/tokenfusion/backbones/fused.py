@@ -74,6 +74,12 @@ class FusedBackbone(nn.Module):
             count = len(stage.blocks) if score_nets == "block" and placement == "every" else 1
             count = 0 if placement == "last" and stage.is_decoder else count
             self.fusers.append(nn.ModuleList(fuser(stage.dim, len(modalities), index) for _ in range(count)))
+        if placement == "last" and any(
+            cast("Fuser", f).adds_tokens for part in self.fusers for f in cast("nn.ModuleList", part)
+        ):
+            raise ValueError(
+                "its tokens go from block to block, and placement 'last' fuses one of a stage; set 'every'"
+            )
         self.plain = NoFusion(0, len(modalities))
         self.position = LearnedPosition(backbone.dims[0]) if alignment else None
 

@@ -1,4 +1,4 @@
-"""TokenFusion with its exchange mended: the better-scored stream gives, undiminished, and no more than a budget."""
+"""TokenFusion with its exchange mended: the better-scored stream gives, within a budget."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ class MendedFusion(Fuser):
     """A token's attention output gives way to its partner's where the partner scores higher. Ours.
 
     Under the released rule most donors are below the threshold themselves and come weighed by their own small scores: attention
-    is pruned there, not exchanged. Here scores weigh nothing but each other: with ``r = s / (s + s_partner)``, which is what
-    the fuser returns as its scores, a token with ``r < 1/2`` becomes ``r x own + (1 - r) x stand-in``, half of each where the
-    partner is hardly ahead, and all of the stand-in where the token is worth nothing. The others stay as they are.
+    is pruned there, not exchanged. Here scores only weigh against each other. With ``r = s / (s + s_partner)``, which is what
+    the fuser returns as its scores, a token with ``r < 1/2`` becomes ``r x own + (1 - r) x stand-in``: half of each where the
+    partner is hardly ahead, all of the stand-in where the token is worth nothing. The others stay as they are. The l1 norm has
+    no hold on such scores, for what one stream loses the other wins.
 
     All scores start equal, so that the model starts exactly as the unfused one. Tokens that stay teach their scores through the
     straight-through estimate of the choice: the gradient that the blend would have.
@@ -28,15 +29,19 @@ class MendedFusion(Fuser):
     Args:
         dim, modalities, stage, seed: see :class:`~tokenfusion.fusion.fusers.Fuser`.
         budget: largest share of a stream's tokens that is exchanged, 0..1; those whose partners are furthest ahead.
+        whole: the stand-in takes the token's place entirely, however little its partner is ahead.
     """
 
     threshold: float | None = EVEN  # None of a single stream
+    can_be_pressed = False
 
-    def __init__(self, dim: int, modalities: int, stage: int = 0, seed: int = 0, budget: float = 0.5) -> None:
+    def __init__(
+        self, dim: int, modalities: int, stage: int = 0, seed: int = 0, budget: float = 0.5, whole: bool = False
+    ) -> None:
         super().__init__(dim, modalities, stage, seed)
         if not 0 <= budget <= 1:
             raise ValueError(f"budget must be in 0..1, not {budget}")
-        self.budget = budget
+        self.budget, self.whole = budget, whole
         if modalities == 1:  # nobody to compare with
             self.threshold = None
             return
@@ -57,8 +62,11 @@ class MendedFusion(Fuser):
 
     def _exchanged(self, x: Tensor, scores: Tensor, present: Tensor | None) -> Tensor:
         stand_in, r = self.stand_in(x, present), scores.unsqueeze(-1)
-        kept = x + (r - r.detach()) * (x - stand_in).detach() if self.training else x  # adds zero, and a gradient
-        return substitute(kept, r * x + (1 - r) * stand_in, scores < EVEN)
+        given = stand_in if self.whole else r * x + (1 - r) * stand_in
+        if not self.training:
+            return substitute(x, given, scores < EVEN)
+        estimate = (r - r.detach()) * (x - stand_in).detach()  # zero, with the gradient of the blend
+        return substitute(x + estimate, given + estimate if self.whole else given, scores < EVEN)
 
     def _shares(self, s: Tensor, present: Tensor | None) -> Tensor:
         """``r``, at least 0.5 where the budget is spent and 0 where the modality is missing: ``[M, B, N]``."""

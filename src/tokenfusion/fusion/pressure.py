@@ -19,7 +19,8 @@ class Pressure(nn.Module):
         factor: lambda; with a target rate the one to start from.
         stages: number of stages S, each with a lambda of its own.
         target: wanted share of exchanged tokens, 0..1; None keeps lambda as it is.
-        gain, pull: of the controller.
+        pieces: how often it is called in a step.
+        gain, pull: of the controller, per step.
 
     Shape: norms and, with a target, rates of the stages, S scalars each -> the loss ``[]``.
     """
@@ -27,12 +28,18 @@ class Pressure(nn.Module):
     level: Tensor
 
     def __init__(
-        self, factor: float, stages: int, target: float | None = None, gain: float = 1.0, pull: float = 0.02
+        self,
+        factor: float,
+        stages: int,
+        target: float | None = None,
+        pieces: int = 1,
+        gain: float = 1.0,
+        pull: float = 0.02,
     ) -> None:
         super().__init__()
         if target is not None and not 0 <= target <= 1:
             raise ValueError(f"the target rate must be in 0..1, not {target}")
-        self.factor, self.target, self.gain, self.pull = factor, target, gain, pull
+        self.factor, self.target, self.gain, self.pull = factor, target, gain, pull / pieces
         if target is not None:
             self.register_buffer("level", torch.full((stages,), factor))
 

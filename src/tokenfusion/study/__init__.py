@@ -23,7 +23,7 @@ def study(name: str, wish: Wish, jobs: int | None = None, train: bool = True) ->
     Args:
         name: of a shipped study, ``tableN``, or a YAML file.
         wish: scale, seeds, folder, and what else is asked for.
-        jobs: runs at a time; None: one per CUDA device, or one with all cores.
+        jobs: runs at a time; None: one per CUDA device, or two that share the cores.
         train: False writes the tables of what is done and trains nothing.
 
     Returns:

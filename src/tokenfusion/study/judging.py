@@ -17,7 +17,7 @@ from tokenfusion.components import write_text
 from tokenfusion.data.folder import Folder
 from tokenfusion.data.scenes import collate_scenes
 from tokenfusion.errors import UserError
-from tokenfusion.study.results import TIMES, condition_file, is_judged
+from tokenfusion.study.results import TIMES, condition_file, figures, is_judged
 from tokenfusion.tasks.detection3d.inference import infer
 from tokenfusion.tasks.detection3d.task import scenes
 
@@ -57,7 +57,9 @@ def measure(run: Path) -> None:
         infer(model, collate_scenes([judged[index]]))  # its boxes come back to the CPU: nothing is left to wait for
         taken.append(time.perf_counter() - began)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    content = {"seconds": 100 * statistics.median(taken[1:] or taken), "timed": len(taken), "device": device}
+    timed = taken[1:] or taken
+    content = {"seconds": 100 * statistics.median(timed), "timed": len(timed), "device": device}
+    content["of_step"] = figures(run)["step"]
     write_text(run / TIMES, json.dumps(content))
 
 

@@ -92,6 +92,12 @@ class Study(Section):
     tables: tuple[int, ...] = ()  # of the paper
     parts: dict[str, Part] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _told_apart(self) -> Study:
+        if len({slug(title) for title in self.parts}) < len(self.parts):
+            raise ValueError(f"the parts {', '.join(self.parts)} give equal names of folders; choose others")
+        return self
+
 
 def slug(title: str) -> str:
     """A title as the name of a file: ``rgb + depth`` -> ``rgb+depth``."""

@@ -77,7 +77,7 @@ def plan(study: Study, wish: Wish) -> list[Planned]:
     """
     chosen = {name: part for name, part in study.parts.items() if wish.scale in part.scales}
     if wish.recipe:
-        chosen = {name: _on_recipe(part, wish) for name, part in study.parts.items()}
+        chosen = {name: _on_recipe(part, wish) for name, part in (chosen or study.parts).items()}
         if len(chosen) > 1:
             raise UserError(f"--recipe: this study has the parts {', '.join(chosen)}; one recipe cannot replace them")
     if not chosen:
@@ -93,7 +93,7 @@ def plan(study: Study, wish: Wish) -> list[Planned]:
 
 def _on_recipe(part: Part, wish: Wish) -> Part:
     """The part with one's own recipe, and without the paper's numbers, which are of other data."""
-    rows = {title: row.model_copy(update={"paper": ()}) for title, row in part.rows.items()}
+    rows = {title: row.model_copy(update={"paper": (), "at": {}}) for title, row in part.rows.items()}
     return part.model_copy(update={"scales": {wish.scale: Scale(recipe=str(wish.recipe))}, "rows": rows})
 
 
@@ -122,7 +122,8 @@ def _planned(name: str, part: Part, wish: Wish) -> Planned:
 def _refuse_varied(part: Part, overrides: Sequence[str]) -> None:
     """Modalities may be overridden where rows stand for one of each: they are written out from what is given."""
     rows = [row for title, row in part.rows.items() if ANY not in title]
-    varied = {"seed", *(override.partition("=")[0] for row in rows for override in row.set)}
+    of_rows = [override for row in rows for override in (*row.set, *(o for there in row.at.values() for o in there))]
+    varied = {"seed", *(override.partition("=")[0] for override in of_rows)}
     for override in overrides:
         if override.partition("=")[0] in varied:
             raise UserError(f"{override}: is what this study varies; leave it out")

@@ -27,11 +27,24 @@ def condition_file(run: Path, title: str) -> Path:
 
 
 def is_judged(run: Path, title: str, changes: Mapping[str, Any]) -> bool:
-    """Whether a run has been judged under a condition, and the condition meant this."""
+    """Whether a run has been judged under a condition, as it is now, and the condition meant this."""
     try:
-        return bool(figures(run, title)["evaluation"] == json.loads(json.dumps(dict(changes))))
+        found = figures(run, title)
+        return bool(found["evaluation"] == json.loads(json.dumps(dict(changes))) and found["step"] == _step(run))
     except (OSError, ValueError, KeyError):
         return False
+
+
+def is_timed(run: Path) -> bool:
+    """Whether a run has been timed as it is now."""
+    try:
+        return bool(json.loads((run / TIMES).read_text(encoding="utf-8"))["of_step"] == _step(run))
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _step(run: Path) -> int:
+    return int(json.loads((run / "metrics.json").read_text(encoding="utf-8"))["step"])
 
 
 def primary(metrics: Mapping[str, Any]) -> str:

@@ -11,19 +11,21 @@ import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from tokenfusion.api import Recipe, recipe_of
 from tokenfusion.components import write_text
+from tokenfusion.data.folder import Folder
 from tokenfusion.errors import UserError
 from tokenfusion.recipe import read_recipe
 from tokenfusion.report import metric
 from tokenfusion.report.rows import rows_of
 from tokenfusion.study.outline import Part
 from tokenfusion.study.plan import Cell
-from tokenfusion.study.results import figures, is_judged, primary
+from tokenfusion.study.results import figures, is_judged, is_timed, primary
 from tokenfusion.train import WITHOUT_EFFECT_ON_WEIGHTS
 
 
@@ -32,13 +34,13 @@ def carry_out(cells: Mapping[Cell, Part], jobs: int | None = None) -> None:
 
     Args:
         cells: the runs, each with the part of the study that it belongs to.
-        jobs: runs at a time; None: one per CUDA device, or one with all cores.
+        jobs: runs at a time; None: one per CUDA device, or two that share the cores.
 
     Raises:
         UserError: where a run fails; its log is named. The others are finished first.
     """
     devices = _devices()
-    jobs = jobs or max(1, len(devices))
+    jobs = jobs or len(devices) or min(2, os.cpu_count() or 1)
     free: queue.SimpleQueue[str] = queue.SimpleQueue()
     for place in range(jobs):
         free.put(devices[place % len(devices)] if devices else "")
@@ -68,11 +70,14 @@ def _adopt(cells: Mapping[Cell, Part]) -> None:
     """Take over, without its weights, what another study in a folder beside this one's has trained by the same recipe."""
     if not cells:
         return
-    others = next(iter(cells)).run.parents[2].glob("*/*/*-seed*/command.txt")
-    done = {_key(recipe_of(file.parent)): file.parent for file in others if (file.parent / "metrics.json").is_file()}
+    others = next(iter(cells)).run.absolute().parents[2].glob("*/*/*-seed*/command.txt")
+    done = {}
+    for folder in (file.parent for file in others if (file.parent / "metrics.json").is_file()):
+        with suppress(UserError):  # of another version, or damaged: nobody's business here
+            done[_key(recipe_of(folder))] = folder
     for cell, part in cells.items():
         other = done.get(_key(read_recipe(cell.recipe, cell.overrides)))
-        if other is None or other == cell.run or not is_done(cell._replace(run=other), part):
+        if other is None or other == cell.run.absolute() or not is_done(cell._replace(run=other), part):
             continue
         cell.run.mkdir(parents=True, exist_ok=True)
         for name in PAPERS:
@@ -121,8 +126,8 @@ def _work(cell: Cell, part: Part, environment: Mapping[str, str]) -> bool:
 def is_done(cell: Cell, part: Part | None = None) -> bool:
     """Whether a run has ended with this very recipe; with a part, also whether it is judged and timed as that wants.
 
-    Its weights need not be there any more. Where the data stand, and what has no effect on the weights, may differ. A run of
-    another recipe is left to ``train``, which refuses it.
+    Its weights need not be there any more. Where the data stand, and what has no effect on the weights, may differ; data of
+    another name may not. A run of another recipe is left to ``train``, which refuses it.
     """
     try:
         found, wanted = figures(cell.run), read_recipe(cell.recipe, cell.overrides)
@@ -130,12 +135,20 @@ def is_done(cell: Cell, part: Part | None = None) -> bool:
         is_same = _essence(recipe_of(cell.run)) == _essence(wanted)
     except (OSError, ValueError, KeyError):
         return False
-    if judged != (wanted.data.val, "last", wanted.train.steps) or not is_same:
+    if judged != (wanted.data.val, "last", wanted.train.steps) or not is_same or not _is_of(found, wanted.data.root):
         return False
     if part is None:
         return True
     is_all = all(is_judged(cell.run, title, changes) for title, changes in part.conditions.items())
-    return is_all and ("seconds" in found or not part.is_timed)
+    return is_all and (is_timed(cell.run) or not part.is_timed)
+
+
+def _is_of(found: Mapping[str, Any], root: str) -> bool:
+    """Whether figures are of the data at ``root``, as far as that is there and tells its name."""
+    try:
+        return bool(found["dataset"] == Folder(root).name)
+    except UserError:
+        return True
 
 
 def _essence(recipe: Recipe) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def table_of(planned: Planned) -> Table:
     reference = None if part.conditions else part.reference
     ranks = primary(first) if first else ""
     points = _points(planned, done, ranks) if part.plot == "exchange" else []
-    caption = _caption(planned, first)
+    caption = _caption(planned, first, max((len(found) for found in done.values()), default=0))
     note = f"{part.note} {OTHER_DATA}".strip() if paper and planned.scale != "full" else part.note
     return Table(planned.name, caption, note, head, measured, paper, lines, reference, ranks, points)
 
@@ -167,15 +167,15 @@ def _points(planned: Planned, done: Mapping[str, Mapping[int, Path]], ranks: str
             metrics, recipe = figures(run), recipe_of(run).model_dump(mode="json")
             exchange, value = value_of(metrics, "exchange"), value_of(metrics, ranks)
             if exchange is not None and value is not None:
-                theta, sparsity = recipe["fuser"].get("threshold"), recipe["loss"].get("sparsity")
+                theta, is_steered = recipe["fuser"].get("threshold"), recipe["loss"].get("target_rate") is not None
+                sparsity = None if is_steered else recipe["loss"].get("sparsity")
                 points.append(Point(exchange, value, theta, sparsity))
     return points
 
 
-def _caption(planned: Planned, first: Mapping[str, Any]) -> str:
+def _caption(planned: Planned, first: Mapping[str, Any], seeds: int) -> str:
     """What the figures are of, in one line."""
-    cells = next(iter(planned.cells.values()))
-    cell, seeds = cells[0], len(cells)
+    cell = next(iter(planned.cells.values()))[0]
     if not first:
         return f"{cell.recipe}: no run is done yet"
     target = f", to {first['target']}" if first.get("target") else ""

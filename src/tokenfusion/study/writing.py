@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from tokenfusion.report import metric
 from tokenfusion.report.dots import Dots
 from tokenfusion.report.study import Sheet
-from tokenfusion.study.plan import Planned
+from tokenfusion.study.plan import Cell, Planned
+from tokenfusion.study.results import condition_file
 from tokenfusion.study.table import Entry, Table
 
 
@@ -72,11 +76,20 @@ def comma_separated(planned: Sequence[Planned], tables: Sequence[Table]) -> str:
         for line in table.lines:
             for heading, entry in line.entries.items():
                 cells = part.cells.get(line.title) or part.cells.get(heading, [])
-                commands = {cell.seed: cell.command() for cell in cells}
+                changes = part.part.conditions.get(line.title)
+                commands = {cell.seed: _command(cell, line.title, changes) for cell in cells}
                 for seed, value in _values(entry):
                     command = commands.get(seed, "") if isinstance(seed, int) else ""
                     writer.writerow([table.name, line.title, heading, entry.figure, seed, f"{value:.6g}", command])
     return out.getvalue()
+
+
+def _command(cell: Cell, title: str, changes: Mapping[str, Any] | None) -> str:
+    """What trains a run; or, of a condition, what judges the trained run under it."""
+    if changes is None:
+        return cell.command()
+    how = [f"evaluation.{key}={json.dumps(value)}" for key, value in changes.items()]
+    return shlex.join(["tokenfusion", "eval", str(cell.run), *how, "--to", str(condition_file(cell.run, title))])
 
 
 def _values(entry: Entry) -> Iterator[tuple[int | str, float]]:

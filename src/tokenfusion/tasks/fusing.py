@@ -17,6 +17,7 @@ from tokenfusion.components import FUSER_GIVEN, maker
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.channels import scale_penalty
 from tokenfusion.fusion.exchange import ExchangeRates
+from tokenfusion.fusion.fusers import Fuser
 from tokenfusion.fusion.pressure import Pressure
 from tokenfusion.fusion.scores import Reduction, sparsity_loss
 
@@ -84,16 +85,22 @@ class Sparsity(nn.Module):
     Args:
         loss: the recipe's section ``loss``.
         backbone: whose scores they are.
+        pieces: in how many pieces a step's batch comes; the losses of a step are asked for so many times.
+
+    Raises:
+        UserError: where a rate is wanted that lambda has no hold on.
     """
 
-    def __init__(self, loss: Pressed, backbone: FusedPyramid) -> None:
+    def __init__(self, loss: Pressed, backbone: FusedPyramid, pieces: int = 1) -> None:
         super().__init__()
+        if loss.target_rate is not None:
+            _check_steerable(loss, backbone)
         stages = [name.rpartition(".")[0] for name in backbone.block_names()]
         self.stages = list(dict.fromkeys(stages))
         self.members = [[i for i, stage in enumerate(stages) if stage == wanted] for wanted in self.stages]
         self.reduction: Reduction = loss.reduction
         self.of_scales = loss.scale_sparsity
-        self.pressure = Pressure(loss.sparsity, len(self.stages), loss.target_rate)
+        self.pressure = Pressure(loss.sparsity, len(self.stages), loss.target_rate, pieces)
 
     def forward(self, backbone: FusedPyramid, scores: Sequence[Tensor], present: Tensor | None) -> dict[str, Tensor]:
         """``{"sparsity": loss, "scale_sparsity": loss}``, without those that press nothing."""
@@ -111,6 +118,16 @@ class Sparsity(nn.Module):
     def watch(self) -> dict[str, Tensor]:
         """Lambda of every stage, where it is steered."""
         return {f"lambda/{name}": value for name, value in zip(self.stages, self.pressure.levels(), strict=False)}
+
+
+def _check_steerable(loss: Pressed, backbone: FusedPyramid) -> None:
+    if loss.reduction != "mean":
+        raise UserError("loss.target_rate steers the factor of a mean; set loss.reduction=mean, or leave it out")
+    for fuser in backbone.fusers.modules():
+        if isinstance(fuser, Fuser) and not fuser.can_be_pressed:
+            raise UserError(
+                f"loss.target_rate lowers and lifts scores, which those of {type(fuser).__name__} do not feel; leave it out"
+            )
 
 
 def watched_rates(backbone: FusedPyramid, scores: Sequence[Tensor], present: Tensor | None) -> dict[str, Tensor]:

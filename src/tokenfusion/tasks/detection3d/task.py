@@ -128,7 +128,8 @@ class DetectionTask(Task):
         self.model, self.recipe = model, recipe
         self.monitor = f"{LAST}/{primary(recipe.evaluation)}"
         self.judges_images = True
-        self.pressure = Pressure(recipe.loss.sparsity, len(model.key_exchange), recipe.loss.target_rate)
+        pieces = recipe.train.accumulate
+        self.pressure = Pressure(recipe.loss.sparsity, len(model.key_exchange), recipe.loss.target_rate, pieces)
 
     def begin(self, step: int) -> None:
         end = self.recipe.loss.image_steps

@@ -84,7 +84,7 @@ class SegmentationTask(Task):
         if isinstance(model.backbone, DenseBackbone):
             model.backbone.rest()
         model.ensemble.alpha.requires_grad_(recipe.parameters.train_ensemble)
-        self.sparsity = Sparsity(recipe.loss, model.backbone)
+        self.sparsity = Sparsity(recipe.loss, model.backbone, recipe.train.accumulate)
 
     def train(self, mode: bool = True) -> SegmentationTask:
         super().train(mode)

@@ -90,7 +90,7 @@ class TranslationTask(Task):
         self.model = model
         self.discriminator = critic
         self.recipe = recipe
-        self.sparsity = Sparsity(recipe.loss, model.backbone)
+        self.sparsity = Sparsity(recipe.loss, model.backbone, recipe.train.accumulate)
         self.monitor = f"ensemble/{recipe.evaluation.primary}"
         self.higher_is_better = False
 
