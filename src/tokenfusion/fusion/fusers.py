@@ -82,7 +82,7 @@ class Fuser(nn.Module):
     works_on_normed = False  # decides on normed tokens too, which takes a norm before attention
     uses_scales = False  # of that norm, one per channel
     adds_tokens = False  # uses Entry.beside, which takes blocks that treat their tokens as a set
-    can_be_pressed = True  # of methods with a threshold: the l1 norm lowers its scores (Eq. 5)
+    can_be_pressed = True  # of methods with a threshold: the l1 norm lowers its scores
     attends_to_all = False  # every stream's queries attend to the keys of all streams
 
     def __init__(self, dim: int, modalities: int, stage: int = 0, seed: int = 0) -> None:
