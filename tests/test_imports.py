@@ -14,7 +14,10 @@ SRC = Path(__file__).parents[1] / "src" / "tokenfusion"
 FILES = sorted(SRC.rglob("*.py"))
 EVERYTHING = {path.name for path in SRC.iterdir() if path.is_dir()} | {path.stem for path in SRC.glob("*.py")}
 ROOMS: dict[str, set[str]] = {
-    **{name: set() for name in ("errors", "components", "fusion", "data", "train", "report", "recipes", "studies")},
+    **{
+        name: set()
+        for name in ("errors", "manifest", "components", "fusion", "data", "train", "report", "recipes", "studies")
+    },
     "backbones": {"fusion", "components"},
     "tasks": {"fusion", "backbones", "data", "train", "components", "report"},
     "api": {"tasks", "train", "backbones", "fusion", "data", "components"},
@@ -30,6 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "__init__": EVERYTHING,
     "__main__": {"cli"},
 }
+OF_EVERYONE = ("errors", "manifest")
 HEAVY = {
     "transformers",
     "timm",
@@ -67,8 +71,10 @@ def room(path: Path) -> tuple[str, ...]:
 
 def allowed(path: Path, name: str) -> bool:
     own, parts = room(path), tuple(name.split(".")[1:])
-    if parts[0] not in EVERYTHING or parts[0] == "errors":  # a name of the package itself, or the errors of everyone
-        return own[0] in ("cli", "__init__") or parts[0] == "errors"
+    if parts[0] in OF_EVERYONE:
+        return True
+    if parts[0] not in EVERYTHING:  # a name of the package itself
+        return own[0] in ("cli", "__init__")
     same_task = len(own) == 1 or parts[1:2] == own[1:2] or not (SRC / "tasks" / parts[1]).is_dir()
     return (parts[0] == own[0] and same_task) or (parts[0] != own[0] and parts[0] in ROOMS[own[0]])
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-from report.fake import Page
+from report.fake import Page, pixels
 
 from tokenfusion.report.dots import Dots, Point, exchange_and_quality, rows_of_dots
 from tokenfusion.report.study import Sheet, write_study
@@ -22,10 +20,6 @@ def _no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
-
-
-def pixels(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def places(picture: np.ndarray, colour: str) -> np.ndarray:

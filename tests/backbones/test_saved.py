@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import yaml
+from backbones.cut_off import cut_off_renaming
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from tokenfusion.backbones import sealed
 from tokenfusion.backbones.dense import DenseBackbone
 from tokenfusion.fusion import Average, Random, TokenFusion
 from tokenfusion.fusion.fusers import Fuser
+from tokenfusion.manifest import MANIFEST, file_sha256
 
 
 def vit(**changes) -> nn.Module:
@@ -42,8 +44,8 @@ def folder(tmp_path: Path, shake) -> Path:
 
 def sign(folder: Path) -> None:
     """A manifest that fits the files, as somebody would write it who changes them on purpose."""
-    lines = [f"{sealed._sha256(folder / name)}  {name}\n" for name in (sealed.CONFIG, sealed.MODEL)]
-    (folder / sealed.MANIFEST).write_text("".join(lines))
+    lines = [f"{file_sha256(folder / name)}  {name}\n" for name in (sealed.CONFIG, sealed.MODEL)]
+    (folder / MANIFEST).write_text("".join(lines))
 
 
 def change(folder: Path, **changes) -> None:
@@ -100,12 +102,12 @@ def test_read_again_it_answers_alike(tmp_path: Path, shake, make: Callable, moda
     assert again.fused_blocks() == model.fused_blocks()
     assert list(map(type, again.modules())) == list(map(type, model.modules()))
     again.save_pretrained(tmp_path / "twice")
-    assert (tmp_path / "twice" / sealed.MANIFEST).read_text() == (tmp_path / "fused" / sealed.MANIFEST).read_text()
+    assert (tmp_path / "twice" / MANIFEST).read_text() == (tmp_path / "fused" / MANIFEST).read_text()
 
 
 def test_what_is_written(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [
-        sealed.MANIFEST,
+        MANIFEST,
         sealed.CARD,
         sealed.CONFIG,
         sealed.MODEL,
@@ -295,9 +297,9 @@ def test_damage_is_told(folder: Path) -> None:
 
 @pytest.mark.parametrize("content", [None, "", "one two\n", f"{'0' * 64}  other.bin\n", "ä"])
 def test_a_damaged_manifest_is_told(folder: Path, content: str | None) -> None:
-    (folder / sealed.MANIFEST).unlink()
+    (folder / MANIFEST).unlink()
     if content is not None:
-        (folder / sealed.MANIFEST).write_text(content)
+        (folder / MANIFEST).write_text(content)
     with pytest.raises(tokenfusion.UserError, match=r"MANIFEST.sha256: (missing or )?damaged"):
         tokenfusion.load(folder)
 
@@ -351,7 +353,7 @@ def test_what_cannot_be_written_leaves_what_was(folder: Path, monkeypatch: pytes
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sealed, "_flush", full)
+    monkeypatch.setattr(sealed, "flush", full)
     with pytest.raises(tokenfusion.UserError, match="cannot be written .No space left"):
         model.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -370,16 +372,7 @@ def test_saving_that_is_cut_off_leaves_the_old_or_the_new(
     model, target = tokenfusion.load(folder), tmp_path / "other" if is_new else folder
     nn.init.constant_(model.ensemble.alpha, 0.25)
     old = load_file(folder / sealed.MODEL)["ensemble.alpha"]
-    names: list[str] = []
-    rename = Path.replace
-
-    def replace(path: Path, name: Path) -> Path:
-        if len(names) == failing:
-            raise error
-        names.append(Path(name).name)
-        return rename(path, name)
-
-    monkeypatch.setattr(Path, "replace", replace)
+    cut_off_renaming(monkeypatch, failing, error)
     cut_off = failing < (4 if is_new else 3)  # a card that is there stays
     with pytest.raises((tokenfusion.UserError, KeyboardInterrupt)) if cut_off else contextlib.nullcontext():
         model.save_pretrained(target)
@@ -392,7 +385,7 @@ def test_saving_that_is_cut_off_leaves_the_old_or_the_new(
         assert torch.equal(alpha, model.ensemble.alpha if failing else old)
     nn.init.constant_(model.ensemble.alpha, 0.75)
     model.save_pretrained(target)
-    assert sorted(path.name for path in target.iterdir()) == [sealed.MANIFEST, sealed.CARD, sealed.CONFIG, sealed.MODEL]
+    assert sorted(path.name for path in target.iterdir()) == [MANIFEST, sealed.CARD, sealed.CONFIG, sealed.MODEL]
     assert torch.equal(tokenfusion.load(target).ensemble.alpha, model.ensemble.alpha)
 
 
@@ -404,7 +397,7 @@ def test_a_save_that_was_cut_off_is_finished_before_the_next_begins(
     nn.init.constant_(model.ensemble.alpha, 0.25)
     os.replace(folder / sealed.MODEL, folder / f".{sealed.MODEL}.partial")  # as if it were new and not renamed yet
     monkeypatch.setattr(sealed, "save_file", lambda *args, **kwargs: (folder / f".{sealed.MODEL}.partial").open("x"))
-    monkeypatch.setattr(sealed, "_sha256", lambda path: _cut_off(path, folder))
+    monkeypatch.setattr(sealed, "file_sha256", lambda path: _cut_off(path, folder))
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(folder)
     monkeypatch.undo()

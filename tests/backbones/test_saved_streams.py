@@ -13,6 +13,7 @@ import timm
 import torch
 import transformers
 import yaml
+from backbones.cut_off import cut_off_renaming
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from tokenfusion.backbones import sealed
 from tokenfusion.backbones.lockstep import FusedStreams
 from tokenfusion.fusion.crossing import Exchange, RandomExchange, TokenExchange
 from tokenfusion.fusion.projection import time_index
+from tokenfusion.manifest import MANIFEST, file_sha256
 
 HALF = {"_target_": "tokenfusion.fusion.crossing.TokenExchange", "threshold": 0.5}
 EVERY_SAMPLE = torch.stack([torch.arange(9), torch.arange(9).flip(0) - 1])  # [B, N], one token without a stand-in
@@ -78,8 +80,8 @@ def change(folder: Path, **changes: object) -> None:
     """As somebody would who changes the configuration on purpose."""
     config = json.loads((folder / sealed.CONFIG).read_text())
     (folder / sealed.CONFIG).write_text(json.dumps({**config, **changes}))
-    lines = [f"{sealed._sha256(folder / name)}  {name}\n" for name in (sealed.CONFIG, sealed.MODEL)]
-    (folder / sealed.MANIFEST).write_text("".join(lines))
+    lines = [f"{file_sha256(folder / name)}  {name}\n" for name in (sealed.CONFIG, sealed.MODEL)]
+    (folder / MANIFEST).write_text("".join(lines))
 
 
 @pytest.fixture
@@ -131,12 +133,12 @@ def test_read_again_it_answers_alike(tmp_path: Path, shake, make: Callable, opti
     assert again.block_names() == model.block_names()
     assert again.account == model.account
     again.save_pretrained(tmp_path / "twice")
-    assert (tmp_path / "twice" / sealed.MANIFEST).read_text() == (tmp_path / "fused" / sealed.MANIFEST).read_text()
+    assert (tmp_path / "twice" / MANIFEST).read_text() == (tmp_path / "fused" / MANIFEST).read_text()
 
 
 def test_what_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [
-        sealed.MANIFEST,
+        MANIFEST,
         sealed.CARD,
         sealed.CONFIG,
         sealed.MODEL,
@@ -304,16 +306,7 @@ def test_saving_that_is_cut_off_leaves_the_old_or_the_new(
     model = tokenfusion.load(folder)
     old = model.ensemble.alpha.detach().clone()
     nn.init.constant_(model.ensemble.alpha, 0.25)
-    names: list[str] = []
-    rename = Path.replace
-
-    def replace(path: Path, name: Path) -> Path:
-        if len(names) == failing:
-            raise KeyboardInterrupt
-        names.append(Path(name).name)
-        return rename(path, name)
-
-    monkeypatch.setattr(Path, "replace", replace)
+    cut_off_renaming(monkeypatch, failing, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(folder)
     monkeypatch.undo()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from plain_attention import attend
 from torch import Tensor, nn
 
 from tokenfusion.backbones.mit import MiTBlock
@@ -39,18 +38,6 @@ def own_keys(block: MiTBlock, m: int, x: Tensor) -> Tensor:
     """What stream m's keys and values are made of, [B, K, C]."""
     image = norm(block.norm1[m], x).transpose(1, 2).unflatten(2, GRID)
     return norm(block.attention.norm[m], block.attention.sr(image).flatten(2).transpose(1, 2))
-
-
-def attend(block: MiTBlock, queries: Tensor, keys: Tensor) -> Tensor:
-    """Explicit softmax attention, head by head."""
-    attention, width = block.attention, C // block.attention.heads
-    q, (k, v) = attention.q(queries), attention.kv(keys).chunk(2, -1)
-    heads = []
-    for h in range(attention.heads):
-        part = slice(h * width, (h + 1) * width)
-        weight = (q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(width)).softmax(-1)
-        heads.append(weight @ v[..., part])
-    return attention.proj(torch.cat(heads, -1))
 
 
 # ---- concat --------------------------------------------------------------------------------------------------------

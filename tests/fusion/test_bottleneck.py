@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from plain_attention import attend
 from torch import Tensor, nn
 
 from tokenfusion.backbones.fused import FusedBackbone
@@ -28,16 +27,6 @@ def fuser(shake) -> Bottleneck:
 @pytest.fixture
 def x() -> Tensor:
     return torch.randn(3, 2, 16, C, dtype=torch.float64)
-
-
-def attend(block: MiTBlock, queries: Tensor, keys: Tensor) -> Tensor:
-    attention, width = block.attention, C // block.attention.heads
-    q, (k, v) = attention.q(queries), attention.kv(keys).chunk(2, -1)
-    heads = []
-    for h in range(attention.heads):
-        part = slice(h * width, (h + 1) * width)
-        heads.append((q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(width)).softmax(-1) @ v[..., part])
-    return attention.proj(torch.cat(heads, -1))
 
 
 def literal(block: MiTBlock, m: int, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

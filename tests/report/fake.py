@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -11,10 +12,16 @@ from typing import Any
 import numpy as np
 import yaml
 from numpy.typing import NDArray
+from PIL import Image
 
 STAGES = {"stage1": ((1, 8), 2), "stage2": ((1, 16), 2), "stage3": ((1, 32), 3), "stage4": ((1, 64), 2)}
 BLOCKS = [f"{stage}.{number}" for stage, (_, depth) in STAGES.items() for number in range(depth)]
 CLASSES = ["wall", "floor", "ceiling", 'a "box" <b>&', "poster", "lamp", "rug $x$", "door"]
+
+
+def pixels(data: bytes) -> NDArray[np.uint8]:
+    """A picture's rows, columns and colours."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def scene(seed: int, height: int, width: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:

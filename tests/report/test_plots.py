@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from PIL import Image
+from report.fake import pixels
 
 from tokenfusion.report import plots
 from tokenfusion.report.theme import DARK, LIGHT, Theme
@@ -26,10 +25,6 @@ def _no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
-
-
-def pixels(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def near(picture: np.ndarray, colour: str) -> int:

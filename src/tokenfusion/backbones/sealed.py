@@ -8,9 +8,7 @@ they are read from there.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tokenfusion.errors import UserError
+from tokenfusion.manifest import MANIFEST, file_sha256, flush, read_manifest
 
-CONFIG, MODEL, MANIFEST, CARD = "config.json", "model.safetensors", "MANIFEST.sha256", "README.md"
+CONFIG, MODEL, CARD = "config.json", "model.safetensors", "README.md"
 PARTIAL = ".partial"
 
 
@@ -53,7 +52,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
         texts[CARD] = card(folder.resolve().name)
         save_file(dict(tensors), parts[MODEL], metadata={"format": "pt"})
         parts[CONFIG].write_text(texts[CONFIG], encoding="utf-8")
-        texts[MANIFEST] = "".join(f"{_sha256(parts[name])}  {name}\n" for name in (CONFIG, MODEL))
+        texts[MANIFEST] = "".join(f"{file_sha256(parts[name])}  {name}\n" for name in (CONFIG, MODEL))
         for name in parts.keys() - {MODEL}:
             parts[name].write_text(texts[name], encoding="utf-8")
         _put(parts)
@@ -100,13 +99,13 @@ def _file(folder: Path, name: str, digest: str) -> Path:
         UserError: where there is none.
     """
     try:
-        if _sha256(folder / name) == digest:
+        if file_sha256(folder / name) == digest:
             return folder / name
         problem = f"damaged (SHA-256 differs from {MANIFEST}); fetch or write it again"
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
     with suppress(OSError):
-        if _sha256(_part(folder, name)) == digest:
+        if file_sha256(_part(folder, name)) == digest:
             return _part(folder, name)
     raise UserError(f"{folder / name}: {problem}")
 
@@ -118,28 +117,21 @@ def _part(folder: Path, name: str) -> Path:
 def _manifest(folder: Path) -> dict[str, str]:
     path = folder / MANIFEST
     try:
-        pairs = [line.split("  ") for line in path.read_text(encoding="ascii").splitlines()]
-        digests = {name: digest for digest, name in pairs}
-    except (OSError, ValueError):  # a line of another form, or bytes that are no text
+        digests = read_manifest(folder)
+    except (OSError, ValueError):
         raise UserError(f"{path}: missing or damaged; wanted a folder that save_pretrained() wrote") from None
     if set(digests) != {CONFIG, MODEL}:
         raise UserError(f"{path}: damaged (it names {', '.join(sorted(digests)) or 'no file'})")
     return digests
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _put(parts: Mapping[str, Path]) -> None:
     """Bring finished files to the disk, then give them their names, the manifest's first: from there on they count."""
     for path in parts.values():
-        _flush(path)
+        flush(path)
     for name in sorted(parts, key=MANIFEST.__ne__):
         parts[name].replace(parts[name].with_name(name))
-        if os.name == "posix":  # elsewhere a folder cannot be opened
-            _flush(parts[name].parent)
+        flush(parts[name].parent)
 
 
 def _settle(folder: Path) -> None:
@@ -149,15 +141,7 @@ def _settle(folder: Path) -> None:
         wanted = _manifest(folder)
     for name in (MODEL, CONFIG, CARD, MANIFEST):
         part = _part(folder, name)
-        if part.is_file() and name in wanted and _sha256(part) == wanted[name]:
+        if part.is_file() and name in wanted and file_sha256(part) == wanted[name]:
             part.replace(folder / name)
         else:
             part.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

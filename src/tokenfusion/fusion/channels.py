@@ -58,7 +58,20 @@ def _checked(threshold: float) -> float:
     return threshold
 
 
-class ChannelExchange(Fuser):
+class _Channels(Fuser):
+    """The exchange of channels, before whatever else a fuser does between norm and attention."""
+
+    works_on_normed = True
+    uses_scales = True
+    channel_threshold: float
+
+    def between(self, normed: Tensor, norm: nn.Module, entry: Entry, ctx: Context) -> Tensor:
+        scales, least = scales_of(norm, len(normed)), self.channel_threshold
+        exchanged = behind_prefix(normed, ctx.prefix, lambda e: exchange_channels(e, scales, least, ctx.present))
+        return super().between(exchanged, norm, entry, ctx)
+
+
+class ChannelExchange(_Channels):
     """Channels that a stream's norm scales to next to nothing are taken from the other streams, before attention (Eq. 10).
 
     Channel exchanging (CEN; Wang et al., NeurIPS 2020) as the paper's appendix has it: the private LayerNorm's scale takes the
@@ -70,18 +83,12 @@ class ChannelExchange(Fuser):
         threshold: a channel is replaced where ``|gamma|`` is below it, 0.02 in CEN.
     """
 
-    works_on_normed = True
-    uses_scales = True
-
     def __init__(self, dim: int, modalities: int, stage: int = 0, seed: int = 0, threshold: float = 0.02) -> None:
         super().__init__(dim, modalities, stage, seed)
         self.channel_threshold = _checked(threshold)
 
-    def between(self, normed: Tensor, norm: nn.Module, entry: Entry, ctx: Context) -> Tensor:
-        return super().between(_exchanged(normed, norm, self.channel_threshold, ctx), norm, entry, ctx)
 
-
-class TokenChannel(TokenFusion):
+class TokenChannel(_Channels, TokenFusion):
     """TokenFusion, and channel exchange between norm and attention (Table 9, Eq. 10).
 
     Args:
@@ -89,9 +96,6 @@ class TokenChannel(TokenFusion):
         rule, threshold, init_bias: see :class:`~tokenfusion.fusion.fusers.TokenFusion`.
         channel_threshold: see :class:`ChannelExchange`.
     """
-
-    works_on_normed = True
-    uses_scales = True
 
     def __init__(
         self,
@@ -106,12 +110,3 @@ class TokenChannel(TokenFusion):
     ) -> None:
         super().__init__(dim, modalities, stage, seed, rule, threshold, init_bias)
         self.channel_threshold = _checked(channel_threshold)
-
-    def between(self, normed: Tensor, norm: nn.Module, entry: Entry, ctx: Context) -> Tensor:
-        return super().between(_exchanged(normed, norm, self.channel_threshold, ctx), norm, entry, ctx)
-
-
-def _exchanged(normed: Tensor, norm: nn.Module, threshold: float, ctx: Context) -> Tensor:
-    """The map's tokens with channels exchanged; those before them as they are."""
-    scales = scales_of(norm, len(normed))
-    return behind_prefix(normed, ctx.prefix, lambda e: exchange_channels(e, scales, threshold, ctx.present))

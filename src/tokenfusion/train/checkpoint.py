@@ -24,9 +24,10 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from tokenfusion.errors import UserError
+from tokenfusion.manifest import MANIFEST, flush, read_manifest
 from tokenfusion.train.log import warn
 
-MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.sha256"
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 BEST = "best"
 STEP = re.compile(r"step-(\d{8,})")
 UNFINISHED, REPLACED = ".tmp-", ".old-"  # beginnings of names that a kill may leave behind
@@ -107,7 +108,7 @@ class Checkpoints:
             lines = [f"{hashlib.sha256(content).hexdigest()}  {file}\n" for file, content in files.items()]
             for file, content in {**files, MANIFEST: "".join(lines).encode()}.items():
                 _write_through(temporary / file, content)
-            _flush_folder(temporary)
+            flush(temporary)
             self._rename(temporary, final)
         except OSError as error:
             with suppress(OSError):
@@ -125,7 +126,7 @@ class Checkpoints:
         if final.exists():
             os.rename(final, aside)
         os.rename(temporary, final)
-        _flush_folder(self.folder)
+        flush(self.folder)
         shutil.rmtree(aside, ignore_errors=True)
 
     def _tidy(self) -> None:
@@ -207,9 +208,8 @@ def _steps(folder: Path) -> list[Path]:
 def _manifest(folder: Path) -> dict[str, str]:
     path = folder / MANIFEST
     try:
-        pairs = [line.split("  ") for line in path.read_text(encoding="ascii").splitlines()]
-        digests = {name: digest for digest, name in pairs}
-    except (OSError, ValueError):  # a line of another form, or bytes that are no text
+        digests = read_manifest(folder)
+    except (OSError, ValueError):
         raise DamagedError(f"{path}: missing or damaged") from None
     if not {MODEL, STATE} <= set(digests) <= {MODEL, STATE, OPTIMIZER}:
         raise DamagedError(f"{path}: damaged (it names {', '.join(sorted(digests)) or 'no file'})")
@@ -233,16 +233,6 @@ def _write_through(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return  # elsewhere a folder cannot be opened
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove(folder: Path) -> None:

@@ -22,13 +22,13 @@ import yaml
 from PIL import Image
 
 from tokenfusion.errors import UserError, require
+from tokenfusion.manifest import MANIFEST, file_sha256
 
 try:
     import fcntl
 except ImportError:  # Windows: two preparations of the same folder at the same time are not told apart there
     fcntl = None  # type: ignore[assignment]
 
-MANIFEST = "MANIFEST.sha256"
 T = TypeVar("T")
 
 
@@ -169,12 +169,6 @@ def encode_image(pixels: np.ndarray, suffix: str) -> bytes:
     else:
         raise ValueError(f"cannot write {pixels.dtype} as {suffix!r}")
     return buffer.getvalue()
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify_manifest(folder: Path, show_progress: bool = False) -> int:

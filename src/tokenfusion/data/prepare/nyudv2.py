@@ -7,8 +7,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from tokenfusion.data.prepare.archive import Staging, as_list, file_sha256, find_file, open_hdf5, read_mat, track
+from tokenfusion.data.prepare.archive import Staging, as_list, find_file, open_hdf5, read_mat, track
 from tokenfusion.errors import UserError
+from tokenfusion.manifest import file_sha256
 
 ARCHIVE = "nyu_depth_v2_labeled.mat"
 SPLITS = "splits.mat"

@@ -8,10 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from tokenfusion.data.prepare.archive import Staging, file_sha256, find_file, track
+from tokenfusion.data.prepare.archive import Staging, find_file, track
 from tokenfusion.data.prepare.scannet_scan import CLASSES, SCANS, Scan, read_labels, read_scan
 from tokenfusion.data.prepare.scannet_views import FRAMES, Shot, read_shots
 from tokenfusion.errors import UserError
+from tokenfusion.manifest import file_sha256
 
 LISTS = {"train": "scannetv2_train.txt", "val": "scannetv2_val.txt"}
 LABELS = "scannetv2-labels.combined.tsv"

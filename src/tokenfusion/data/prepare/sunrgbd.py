@@ -8,9 +8,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from tokenfusion.data.prepare.archive import Staging, as_list, file_sha256, find_file, open_hdf5, read_mat, track
+from tokenfusion.data.prepare.archive import Staging, as_list, find_file, open_hdf5, read_mat, track
 from tokenfusion.data.prepare.photo import read_photo
 from tokenfusion.errors import UserError
+from tokenfusion.manifest import file_sha256
 
 META = "SUNRGBDMeta.mat"
 LABELS = "SUNRGBD2Dseg.mat"

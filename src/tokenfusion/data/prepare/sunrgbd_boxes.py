@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tokenfusion.data.boxes import from_votenet_label
-from tokenfusion.data.prepare.archive import Staging, as_list, file_sha256, find_file, read_mat, track
+from tokenfusion.data.prepare.archive import Staging, as_list, find_file, read_mat, track
 from tokenfusion.data.prepare.photo import Photo, read_photo
 from tokenfusion.data.prepare.sunrgbd import (
     FRAMES,
@@ -28,6 +28,7 @@ from tokenfusion.data.prepare.sunrgbd import (
     read_splits,
 )
 from tokenfusion.errors import UserError
+from tokenfusion.manifest import file_sha256
 
 TABLES = {"v1": (META,), "v2": ("SUNRGBDMeta3DBB_v2.mat", "SUNRGBDMeta2DBB_v2.mat")}
 ADVICE = {"v1": TOOLBOX, "v2": "it is a download of its own at https://rgbd.cs.princeton.edu"}

@@ -12,10 +12,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from tokenfusion.data.prepare.archive import Staging, encode_image, file_sha256, track
+from tokenfusion.data.prepare.archive import Staging, encode_image, track
 from tokenfusion.data.prepare.members import read_members
 from tokenfusion.data.prepare.views import View, Views, find_views, split_views
 from tokenfusion.errors import UserError, nearest
+from tokenfusion.manifest import file_sha256
 
 INVALID = 65535  # stored depth where there is no surface
 
