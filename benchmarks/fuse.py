@@ -2,11 +2,12 @@
 
     python benchmarks/fuse.py
     python benchmarks/fuse.py --networks vit_small_patch16_224 --rounds 9 --batch 2
+    python benchmarks/fuse.py --device cuda --batch 32 --rounds 20
 
-Every round runs each contestant once, so that a noisy machine disturbs all alike. Time is the process's CPU time, on one
-thread, since other programs may share the machine; a figure is the median over the rounds of the ratio within a round.
-Memory of training is what a step holds at most: parameters, their gradients, and what the forward pass keeps for the backward
-pass, every storage counted once.
+Every round runs each contestant once, so that a noisy machine disturbs all alike. Time on the CPU is the process's own, on one
+thread, since other programs may share the machine; on a GPU it is the clock's, until the device has ended. A figure is the
+median over the rounds of the ratio within a round. Memory of training is what a step holds at most: parameters, their
+gradients, and what the forward pass keeps for the backward pass, every storage counted once.
 """
 
 from __future__ import annotations
@@ -64,16 +65,25 @@ def training_bytes(model: tokenfusion.FusedNetwork, images: dict[str, Tensor]) -
     return 2 * sum(parameters.values()) + activations
 
 
+def now(device: torch.device) -> float:
+    """Seconds: the process's own on the CPU, the clock's once a GPU has done all it was asked."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
 def race(run: Callable[..., None], models: dict[str, tokenfusion.FusedNetwork], images, rounds: int) -> dict[str, list]:
-    """CPU seconds of every round, after one that is not counted."""
+    """Seconds of every round, after one that is not counted."""
+    device = next(iter(images.values())).device
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for index in range(rounds + 1):
         for name, model in models.items():
             gc.collect()
-            start = time.process_time()
+            start = now(device)
             run(model, images)
             if index:
-                seconds[name].append(time.process_time() - start)
+                seconds[name].append(now(device) - start)
     return seconds
 
 
@@ -86,18 +96,19 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=NETWORKS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, timm {timm.__version__}, batch {arguments.batch}, goal {GOAL}")
     print(f"{'network':32} {'':14} {'forward':>16} {'training step':>16} {'training memory':>20}")
     for network in arguments.networks:
-        models = {name: build(network, fuser) for name, fuser in CONTESTANTS.items()}
-        images = {name: torch.randn(arguments.batch, 3, 224, 224) for name in MODALITIES}
+        models = {name: build(network, fuser).to(arguments.device) for name, fuser in CONTESTANTS.items()}
+        images = {name: torch.randn(arguments.batch, 3, 224, 224, device=arguments.device) for name in MODALITIES}
         ahead = race(forward, models, images, arguments.rounds)
         steps = race(step, models, images, arguments.rounds)
         memory = {name: training_bytes(model, images) for name, model in models.items()}
         for name in models:
-            figures = [f"{statistics.median(s[name]):7.2f} s {ratio(s, name):6.3f}" for s in (ahead, steps)]
+            figures = [f"{statistics.median(s[name]):7.3f} s {ratio(s, name):6.3f}" for s in (ahead, steps)]
             held = f"{memory[name] / 2**20:9.0f} MB {memory[name] / memory['unfused']:6.3f}"
             print(f"{network:32} {name:14} {figures[0]:>16} {figures[1]:>16} {held:>20}", flush=True)
 

@@ -202,12 +202,12 @@ class FusedNetwork(FusedModel):
         if wrong is not None:
             got = type(inputs[wrong]).__name__
             raise ValueError(f"{wrong} must be a tensor [B, C, ...]; got {got}; leave a missing modality's name out")
-        widest = max(inputs.values(), key=lambda x: x.shape[1])
-        channels = max(self.channels) if self.channels else widest.shape[1]
-        shape = (widest.shape[0], channels, *widest.shape[2:])
+        some = next(iter(inputs.values()))
+        channels = max(self.channels) if self.channels else max(x.shape[1] for x in inputs.values())
+        shape = (some.shape[0], channels, *some.shape[2:])
         padded = {name: self._padded(name, x, shape) for name, x in inputs.items()}
-        streams = [padded[name] if name in padded else widest.new_zeros(shape) for name in self.modalities]
-        present = presence(self.modalities, inputs, present, shape[0], widest.device)
+        streams = [padded[name] if name in padded else some.new_zeros(shape) for name in self.modalities]
+        present = presence(self.modalities, inputs, present, shape[0], some.device)
         return merge(silenced(torch.stack(streams), present)), present
 
     def _padded(self, name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from tokenfusion.fusion.memory import recomputed
+from tokenfusion.fusion.memory import linear_behind
 from tokenfusion.fusion.modality import split
 
 Reduction = Literal["sum", "mean"]
@@ -62,13 +61,8 @@ def _logits(net: nn.Sequential, x: Tensor, training: bool) -> Tensor:
     """What a score network says; products are kept for the backward pass, norms and GELUs computed again."""
     layers = list(net)
     for change, product in zip(layers[::2], layers[1::2], strict=True):
-        x = recomputed(partial(_behind, product, change), x, training)
+        x = linear_behind(change if isinstance(change, nn.LayerNorm) else None, product, x, training)
     return x
-
-
-def _behind(product: nn.Module, change: nn.Module, x: Tensor) -> Tensor:
-    changed: Tensor = product(change(x))
-    return changed
 
 
 def sparsity_loss(scores: Sequence[Tensor], reduction: Reduction) -> Tensor:
