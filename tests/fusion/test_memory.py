@@ -6,80 +6,87 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tokenfusion.fusion.memory import linear_behind
+from tokenfusion.fusion.memory import linears_behind
 
-LAYERS = {
+NORMS = {
     "norm": lambda: nn.LayerNorm(8),
     "bare norm": lambda: nn.LayerNorm(8, elementwise_affine=False),
     "gelu": lambda: None,
 }
 
 
-@pytest.fixture(params=list(LAYERS))
-def layers(request: pytest.FixtureRequest) -> tuple[nn.LayerNorm | None, nn.Linear]:
+class Layers(nn.Module):
+    def __init__(self, norm: nn.LayerNorm | None, linears: list[nn.Linear]) -> None:
+        super().__init__()
+        self.norm, self.linears = norm, nn.ModuleList(linears)
+
+    def forward(self, x: Tensor, training: bool) -> Tensor:
+        return linears_behind(self.norm, list(self.linears), x, training)
+
+
+@pytest.fixture(params=[(name, count) for name in NORMS for count in (1, 3)], ids=lambda p: f"{p[0]} and {p[1]}")
+def layers(request: pytest.FixtureRequest) -> Layers:
     torch.manual_seed(0)
-    norm, linear = LAYERS[request.param](), nn.Linear(8, 4)
-    if norm is not None and norm.elementwise_affine:
-        nn.init.normal_(norm.weight)
-    return norm, linear
+    name, count = request.param
+    made = Layers(NORMS[name](), [nn.Linear(8, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 2)][:count])
+    for parameter in made.parameters():
+        nn.init.normal_(parameter)
+    return made
 
 
-def gradients(norm: nn.LayerNorm | None, linear: nn.Module, x: Tensor, training: bool) -> list[Tensor | None]:
+def gradients(layers: Layers, x: Tensor, training: bool) -> list[Tensor | None]:
     """The output, and the gradients of the input and of every parameter."""
-    learning = [x, *(norm.parameters() if norm else ()), *linear.parameters()]
+    learning = [x, *layers.parameters()]
     for leaf in learning:
         leaf.grad = None
-    y = linear_behind(norm, linear, x, training)
+    y = layers(x, training)
     y.float().square().sum().backward()
     return [y.detach(), *(leaf.grad for leaf in learning)]
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_bits_as_the_plain_modules(layers, autocast: bool, dtype: torch.dtype) -> None:
-    norm, linear = layers
+def test_same_bits_as_the_plain_modules(layers: Layers, autocast: bool, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and not autocast:
-        linear.bfloat16(), norm and norm.bfloat16()
+        layers.bfloat16()
     x = torch.randn(2, 3, 8, dtype=dtype, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        lean = gradients(norm, linear, x, training=True)
-        plain = gradients(norm, linear, x, training=False)
+        lean, plain = (gradients(layers, x, training) for training in (True, False))
     for a, b in zip(lean, plain, strict=True):
+        assert a is not None
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_what_is_frozen_gets_no_gradient(layers) -> None:
-    norm, linear = layers
-    linear.weight.requires_grad_(False)
-    if norm is not None and norm.weight is not None:
-        norm.bias.requires_grad_(False)
-    for learns in (True, False):
-        x = torch.randn(2, 3, 8, requires_grad=learns)
-        lean, plain = (gradients(norm, linear, x, training) for training in (True, False))
-        assert [g is None for g in lean] == [g is None for g in plain]
-        assert (lean[1] is None) != learns
-        for a, b in zip(lean, plain, strict=True):
-            assert a is None or torch.equal(a, b)
+@pytest.mark.parametrize("learns", [True, False])
+def test_what_is_frozen_gets_no_gradient(layers: Layers, learns: bool) -> None:
+    for index, parameter in enumerate(layers.parameters()):
+        parameter.requires_grad_(index % 2 == 0)
+    x = torch.randn(2, 3, 8, requires_grad=learns)
+    lean, plain = (gradients(layers, x, training) for training in (True, False))
+    wanted = [True, learns, *(parameter.requires_grad for parameter in layers.parameters())]
+    assert [g is not None for g in lean] == [g is not None for g in plain] == wanted
+    assert all(a is None or torch.equal(a, b) for a, b in zip(lean, plain, strict=True))
 
 
-def test_the_input_of_the_linear_layer_is_not_kept(layers) -> None:
-    norm, linear = layers
-    x, kept = torch.randn(2, 3, 8, requires_grad=True), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
-        linear_behind(norm, linear, x, training=True)
-    known = {t.data_ptr() for t in (x, *linear.parameters(), *(norm.parameters() if norm else ()))}
-    assert set(kept) <= known
-    kept.clear()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
-        linear_behind(norm, linear, x, training=False)
-    assert not set(kept) <= known
+def test_what_lies_between_is_not_kept(layers: Layers) -> None:
+    x = torch.randn(2, 3, 8, requires_grad=True)
+
+    def kept(training: bool) -> int:
+        places: set[int] = set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: places.add(t.data_ptr()) or t, lambda t: t):
+            y = layers(x, training)
+        del y
+        return len(places - {parameter.data_ptr() for parameter in layers.parameters()})
+
+    assert kept(training=True) == len(layers.linears)  # the input, and every product but the last
+    assert kept(training=False) >= 2 * len(layers.linears)
 
 
-def test_an_adapter_in_the_place_of_the_layer_is_called() -> None:
+def test_an_adapter_in_the_place_of_a_layer_is_called() -> None:
     class Adapter(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + 1
 
     torch.manual_seed(0)
     adapter, x = Adapter(8, 4), torch.randn(2, 8, requires_grad=True)
-    assert torch.equal(linear_behind(None, adapter, x, training=True), adapter(nn.functional.gelu(x)))
+    assert torch.equal(linears_behind(None, [adapter], x, training=True), adapter(nn.functional.gelu(x)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenfusion.backbones.block import EPS, Grid, PreNormBlock, multi_head
-from tokenfusion.fusion.memory import linear_behind
+from tokenfusion.fusion.memory import linears_behind
 
 WIDTHS = {"b0": (32, 64, 160, 256)}  # all others: 64 128 320 512
 DEPTHS = {
@@ -83,7 +83,7 @@ class MixMLP(nn.Module):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         x = self.dwconv(to_map(self.fc1(x), grid))
         learns = self.training and next(self.fc2.parameters()).requires_grad  # a frozen product keeps no input
-        return linear_behind(None, self.fc2, to_tokens(x), learns)
+        return linears_behind(None, [self.fc2], to_tokens(x), learns)
 
 
 class MiTBlock(PreNormBlock):

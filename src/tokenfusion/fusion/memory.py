@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,64 +11,78 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-def linear_behind(norm: nn.LayerNorm | None, linear: nn.Module, x: Tensor, training: bool) -> Tensor:
-    """``linear(norm(x))``, or ``linear(gelu(x))`` where ``norm`` is None.
+def linears_behind(norm: nn.LayerNorm | None, linears: Sequence[nn.Module], x: Tensor, training: bool) -> Tensor:
+    """Linear layers with a GELU before each; ``norm``, where given, takes the place of the first GELU.
 
-    In training what ``linear`` is given is computed again in the backward pass instead of kept. A compiler decides for itself
-    what to keep; what is no plain ``nn.Linear`` (an adapter in its place) is called as it is.
+    In training what a linear layer is given is computed again in the backward pass instead of kept. A compiler decides for
+    itself what to keep; what is no plain ``nn.Linear`` (an adapter in its place) is called as it is.
     """
-    if training and torch.is_grad_enabled() and type(linear) is nn.Linear and not torch.compiler.is_compiling():
-        before = (None, None, None) if norm is None else (norm.weight, norm.bias, norm.eps)
-        found: Tensor = _LinearBehind.apply(x, linear.weight, linear.bias, *before)
+    learns = training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if learns and all(type(linear) is nn.Linear for linear in linears):
+        before = (None, None, None) if norm is None else (norm.eps, norm.weight, norm.bias)
+        parameters = [parameter for linear in linears for parameter in (linear.weight, linear.bias)]
+        found: Tensor = _LinearsBehind.apply(x, *before, *parameters)
         return found
-    product: Tensor = linear(F.gelu(x) if norm is None else norm(x))
-    return product
+    for index, linear in enumerate(linears):
+        x = linear(F.gelu(x) if norm is None or index else norm(x))
+    return x
 
 
-class _LinearBehind(torch.autograd.Function):
-    """A linear layer behind a norm (where there is an ``eps``) or GELU, that keeps the input of both alone.
+class _LinearsBehind(torch.autograd.Function):
+    """Of the input and of the products of all layers but the last, which are kept, what lies between follows.
 
     ``torch.utils.checkpoint`` does so for any function, for half a millisecond of the host per call: on a GPU that is more than
     layers of this size take.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        eps: float | None,
-    ) -> Tensor:
-        given = _given(x, norm_weight, norm_bias, eps)
-        ctx.save_for_backward(x, weight, bias, norm_weight, norm_bias)
+    def forward(ctx: Any, x: Tensor, eps: float | None, *parameters: Tensor | None) -> Tensor:
+        norm, linears = parameters[:2], parameters[2:]
+        products: list[Tensor] = []
+        given = _first(x, eps, *norm)
         ctx.eps, ctx.dtype = eps, given.dtype  # which autocast may have chosen; it is over in the backward pass
-        return F.linear(given, weight, bias)
+        for weight, bias in zip(linears[::2], linears[1::2], strict=True):
+            given = F.gelu(products[-1]) if products else given
+            products.append(F.linear(given, weight, bias))  # type: ignore[arg-type]
+        ctx.save_for_backward(*parameters, x, *products[:-1])
+        return products[-1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, *norm = ctx.saved_tensors
-        of_x, of_weight, of_bias, *of_norm, _ = ctx.needs_input_grad
-        wanted = (of_x, *of_norm)
-        leaves: list[Any]
-        leaves = [None if t is None else t.detach().requires_grad_(w) for t, w in zip((x, *norm), wanted, strict=True)]
+        of_x, _, *of_parameters = ctx.needs_input_grad
+        saved = ctx.saved_tensors  # asked for once: whoever computes them again does so once
+        parameters, (x, *products) = saved[: len(of_parameters)], saved[len(of_parameters) :]
+        wanted = (of_x, *of_parameters[:2])
+        leaves: list[Any] = [
+            t if t is None else t.detach().requires_grad_(w) for t, w in zip((x, *parameters[:2]), wanted, strict=True)
+        ]
         with torch.set_grad_enabled(ctx.eps is not None):
-            given = _given(leaves[0].to(ctx.dtype), leaves[1], leaves[2], ctx.eps)
-        rows, given_rows = grad.flatten(0, -2), given.detach().flatten(0, -2).to(grad.dtype)
-        to_weight = (rows.t() @ given_rows).to(weight.dtype) if of_weight else None
-        to_bias = rows.sum(0).to(bias.dtype) if of_bias else None
+            first = _first(leaves[0].to(ctx.dtype), ctx.eps, *leaves[1:])
+        to_linears: list[Tensor | None] = []
+        for index in reversed(range(len(products) + 1)):
+            weight, bias = parameters[2 + 2 * index : 4 + 2 * index]
+            of_weight, of_bias = of_parameters[2 + 2 * index : 4 + 2 * index]
+            given, rows = F.gelu(products[index - 1]) if index else first.detach(), grad.flatten(0, -2)
+            to_weight = _as(rows.t() @ _as(given.flatten(0, -2), grad), weight) if of_weight else None
+            to_linears[:0] = [to_weight, _as(rows.sum(0), bias) if of_bias else None]
+            if index or any(wanted):
+                grad = _as(grad @ _as(weight, grad), given)
+            if index:
+                grad = torch.ops.aten.gelu_backward(grad, products[index - 1])
         if not any(wanted):
-            return None, to_weight, to_bias, None, None, None
-        to_given = (grad @ weight.to(grad.dtype)).to(given.dtype)
+            return None, None, None, None, *to_linears
         if ctx.eps is None:
-            return torch.ops.aten.gelu_backward(to_given, x), to_weight, to_bias, None, None, None
-        found = iter(torch.autograd.grad(given, [t for t, w in zip(leaves, wanted, strict=True) if w], to_given))
+            return torch.ops.aten.gelu_backward(grad, x), None, None, None, *to_linears
+        found = iter(torch.autograd.grad(first, [t for t, w in zip(leaves, wanted, strict=True) if w], grad))
         to_x, *to_norm = [next(found) if w else None for w in wanted]
-        return to_x, to_weight, to_bias, *to_norm, None
+        return to_x, None, *to_norm, *to_linears
 
 
-def _given(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Tensor:
+def _first(x: Tensor, eps: float | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return F.gelu(x) if eps is None else F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _as(x: Tensor, other: Tensor) -> Tensor:
+    """In the type of another; most often it is, and this is called often."""
+    return x if x.dtype == other.dtype else x.to(other.dtype)

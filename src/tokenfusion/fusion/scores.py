@@ -8,7 +8,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from tokenfusion.fusion.memory import linear_behind
+from tokenfusion.fusion.memory import linears_behind
 from tokenfusion.fusion.modality import split
 
 Reduction = Literal["sum", "mean"]
@@ -52,17 +52,12 @@ class ScorePredictor(nn.Module):
                 nn.init.constant_(last.bias[:1], init_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        pairs = zip(self.nets, x.unbind(0), strict=True)
-        logits = torch.cat([_logits(cast("nn.Sequential", net), stream, self.training) for net, stream in pairs])
+        logits = torch.cat([self._logits(net, stream) for net, stream in zip(self.nets, x.unbind(0), strict=True)])
         return split(torch.sigmoid(logits[..., 0] - logits[..., 1]), x.shape[0])
 
-
-def _logits(net: nn.Sequential, x: Tensor, training: bool) -> Tensor:
-    """What a score network says; products are kept for the backward pass, norms and GELUs computed again."""
-    layers = list(net)
-    for change, product in zip(layers[::2], layers[1::2], strict=True):
-        x = linear_behind(change if isinstance(change, nn.LayerNorm) else None, product, x, training)
-    return x
+    def _logits(self, net: nn.Module, x: Tensor) -> Tensor:
+        norm, *layers = cast("nn.Sequential", net)
+        return linears_behind(cast("nn.LayerNorm", norm), layers[::2], x, self.training)
 
 
 def sparsity_loss(scores: Sequence[Tensor], reduction: Reduction) -> Tensor:
