@@ -23,7 +23,7 @@ from tokenfusion.backbones.foreign import example_of, position_of
 from tokenfusion.backbones.hub import FusedNetwork
 from tokenfusion.backbones.misfit import misfit
 from tokenfusion.backbones.survey import survey
-from tokenfusion.fusion import Concat, Fuser, NoFusion, TokenFusion
+from tokenfusion.fusion import Bottleneck, ChannelExchange, Concat, Fuser, NoFusion, TokenFusion
 
 
 class Small(NamedTuple):
@@ -158,6 +158,8 @@ HEADER = (
     "map",
     "paper's rule",
     "concat",
+    "bottleneck",
+    "channels",
     "alignment re-adds",
     "other channels at",
     "not fused",
@@ -199,6 +201,8 @@ def row(name: str, network: nn.Module, example: torch.Tensor) -> tuple[str, ...]
         maps[0] if len(maps) == 1 else f"{maps[0]} to {maps[-1]}",
         fit(model, lambda dim: TokenFusion(dim, 2, rule="paper")),
         fit(model, lambda dim: Concat(dim, 2)),
+        fit(model, lambda dim: Bottleneck(dim, 2)),
+        fit(model, lambda dim: ChannelExchange(dim, 2)),
         f"`{position.name}`" if position is not None else "",
         f"`{seen.stem}`" if seen.stem is not None else "",
         "; ".join(f"{n}: {why}" for why, n in Counter(seen.skipped.values()).items()),
@@ -237,8 +241,9 @@ one attention and one MLP. This page is that look at one network of every family
 Face. `tests/backbones/test_families.py` and `test_huggingface.py` hold small ones of each to the promises: without fusion a
 network's own bits, norms that are private to their stream, streams that exchange, missing modalities left out.
 
-- No fusion, average, random and TokenFusion as released fit every block that is fused. _Paper's rule_: it weighs what a norm
-  gives to attention. _Concat_: it wants an attention that treats its tokens as a set and is given nothing else.
+- No fusion, average, random, gating, cross-attention, mended and TokenFusion as released fit every block that is fused.
+  _Paper's rule_: it weighs what a norm gives to attention. _Concat_: it wants an attention that treats its tokens as a set and
+  is given nothing else. _Bottleneck_: the whole block has to. _Channels_ (and token+channel): that norm has to scale channels.
 - _Beside the map_: class, register and detection tokens, which are never scored or exchanged.
 - _Map_: rows and columns in the first and the last stage. Where it stands _not by row_ (by window, by mask unit), all is
   fused, but there are no pictures of scores, no dense heads and no alignment.

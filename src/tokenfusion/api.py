@@ -20,7 +20,7 @@ from tokenfusion.backbones.hub import FusedNetwork, FuserFactory
 from tokenfusion.backbones.lockstep import EXCHANGE_GIVEN, ExchangeFactory, FusedStreams, Pair
 from tokenfusion.backbones.sharing import Sharing
 from tokenfusion.backbones.weights import local_folder
-from tokenfusion.components import EXCHANGES, FUSER_GIVEN, FUSERS, explain, maker, read_yaml, write_text
+from tokenfusion.components import EXCHANGES, FUSER_GIVEN, FUSERS, TARGET, explain, maker, read_yaml, write_text
 from tokenfusion.data.folder import DatasetSpec
 from tokenfusion.errors import UserError, nearest
 from tokenfusion.tasks.runs import device_of, judged_folder, load_run, save_weights
@@ -70,7 +70,8 @@ def recipe_of(run: Path) -> Recipe:
     """
     file = run / "recipe.yaml"
     if not file.is_file():
-        raise UserError(f"{run}: not a run folder (no recipe.yaml); wanted the --out of `tokenfusion train`")
+        reason = "not a run folder (no recipe.yaml)" if run.exists() else "no such folder"
+        raise UserError(f"{run}: {reason}; wanted the --out of `tokenfusion train`")
     task = read_yaml(file, _AnyRecipe).task
     if task not in TASKS:
         raise UserError(f"{file}: task is {task!r}; {nearest(task, TASKS)}")
@@ -178,9 +179,10 @@ def fuse(
             ``{"rgb": vit, "audio": ast}``.
         modalities: of a shared network: names of the streams; with channels where they differ from the network's:
             ``{"rgb": 3, "depth": 1}``.
-        fuser: a word (``tokenfusion``, ``average``, ``random``, ``none``; of a shared network ``tokenfusion-paper`` and
-            ``concat`` too), a component (``{"_target_": "tokenfusion.fusion.TokenFusion", "threshold": 0.02}``), or what
-            makes a fuser from (dim, modalities, stage), for separate networks an exchange from (dim, seed). None:
+        fuser: a word (``tokenfusion``, ``concat``, ``average``, ``random``, ``none``; of a shared network
+            ``tokenfusion-paper``, ``mended``, ``gating``, ``bottleneck``, ``cross-attention``, ``channel`` and
+            ``token+channel`` too), a component (``{"_target_": "tokenfusion.fusion.TokenFusion", "threshold": 0.02}``), or
+            what makes a fuser from (dim, modalities, stage), for separate networks an exchange from (dim, seed). None:
             TokenFusion, theta 0.02, whose scores start at 0.95, so that a pretrained network is hardly weakened on the
             first day; by the released rule in a shared network, by the paper's between separate ones.
         example: an input ``[B, ...]``, for modules that are neither of timm nor of Hugging Face; by name for several.
@@ -194,6 +196,9 @@ def fuse(
 
     Example: ``model = tokenfusion.fuse(timm.create_model("vit_small_patch14_dinov2", pretrained=True), ["rgb", "depth"])``
     """
+    for given in network.values() if isinstance(network, Mapping) else [network]:
+        if not isinstance(given, nn.Module):
+            raise UserError(f"fuse() wants a network that is made, such as timm.create_model(name); got {given!r:.80}")
     if isinstance(network, Mapping):
         if modalities is not None:
             raise UserError("networks by modality name their modalities themselves; leave `modalities` out")
@@ -202,6 +207,10 @@ def fuse(
         raise UserError('fuse(network, modalities): wanted the names of the streams, such as ["rgb", "depth"]')
     _known(options, FusedNetwork)
     fuser = _component(fuser, FUSERS, "one shared network takes")
+    if isinstance(fuser, Mapping) and ".crossing." in str(fuser.get(TARGET)):
+        raise UserError(
+            f"fuser: {fuser[TARGET]} is for separate networks; one shared network takes {', '.join(FUSERS)}"
+        )
     make = fuser
     if isinstance(fuser, Mapping):
         make = partial(maker(fuser, "fuser", FUSER_GIVEN, trust), seed=seed)
@@ -240,6 +249,10 @@ def _fuse_streams(
     """Separate networks with an exchange by word, by component, or by what makes one."""
     _known(options, FusedStreams)
     fuser = _component(fuser, EXCHANGES, "separate networks take")
+    if isinstance(fuser, Mapping) and fuser.get(TARGET) in {word[TARGET] for word in FUSERS.values()}:
+        raise UserError(
+            f"fuser: {fuser[TARGET]} is for one shared network; separate networks take {', '.join(EXCHANGES)}"
+        )
     make = maker(fuser, "fuser", EXCHANGE_GIVEN, trust) if isinstance(fuser, Mapping) else fuser
     model = FusedStreams(networks, make, seed=seed, **options)
     if isinstance(fuser, Mapping):

@@ -26,6 +26,19 @@ def model(fuser: Any = None) -> tokenfusion.FusedNetwork:
     return tokenfusion.fuse(network, {"rgb": 3, "depth": 1}, fuser).double()
 
 
+def separate() -> tokenfusion.FusedStreams:
+    torch.manual_seed(0)
+    networks = {
+        name: timm.create_model("test_vit", num_classes=5, img_size=48, in_chans=n)
+        for name, n in (("rgb", 3), ("depth", 1))
+    }
+    exchange = {"_target_": "tokenfusion.fusion.crossing.TokenExchange", "threshold": 0.5}
+    return tokenfusion.fuse(networks, fuser=exchange, mlp=True).double()
+
+
+MODELS = {"shared": model, "separate": separate}
+
+
 def batch(step: int) -> tuple[dict[str, Tensor], Tensor]:
     generator = torch.Generator().manual_seed(step)
     images = {
@@ -35,15 +48,15 @@ def batch(step: int) -> tuple[dict[str, Tensor], Tensor]:
     return images, torch.randint(5, (BATCH,), generator=generator)
 
 
-def loss(fused: tokenfusion.FusedNetwork, out: Any, target: Tensor) -> Tensor:
+def loss(fused: Any, out: Any, target: Tensor) -> Tensor:
     """Of every stream and of the ensemble, and the sparsity penalty."""
     answers = [*out.outputs.values(), out.ensemble]
     return sum((nn.functional.cross_entropy(y, target) for y in answers), 0.01 * fused.sparsity())
 
 
-def train(way: str, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-    """``way``: ``one``, ``ddp`` or ``fsdp``; the whole state afterwards."""
-    fused = model()
+def train(way: str, kind: str, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+    """``way``: ``one``, ``ddp`` or ``fsdp``; ``kind``: ``shared`` or ``separate``; the whole state afterwards."""
+    fused = MODELS[kind]()
     called: nn.Module = fused
     if way == "ddp":
         called = DistributedDataParallel(fused)
@@ -64,10 +77,10 @@ def train(way: str, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     return {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in state.items()}
 
 
-def main(way: str, rank: str, meeting: str, out: str) -> None:
+def main(way: str, kind: str, rank: str, meeting: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{meeting}", rank=int(rank), world_size=2)
-    state = train(way, int(rank), 2)
+    state = train(way, kind, int(rank), 2)
     if rank == "0":
         torch.save(state, Path(out))
     dist.barrier()

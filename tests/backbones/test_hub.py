@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
+import transformers
 from every_fuser import SPECS
 from torch import Tensor, nn
 
@@ -311,11 +312,35 @@ def test_mistakes_are_told_in_one_line(modalities: object, options: dict, match:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("network", ["vit_small", None, nn.Linear, {"a": "vit"}])
+def test_what_is_no_network_is_told(network: object) -> None:
+    with pytest.raises(tokenfusion.UserError, match="wants a network that is made"):
+        tokenfusion.fuse(network, None if isinstance(network, dict) else ["a", "b"])
+
+
+def test_an_exchange_of_the_other_kind_is_told() -> None:
+    crossing = {"_target_": "tokenfusion.fusion.crossing.TokenExchange"}
+    with pytest.raises(tokenfusion.UserError, match="TokenExchange is for separate networks"):
+        tokenfusion.fuse(vit(), ["a", "b"], crossing)
+    with pytest.raises(tokenfusion.UserError, match="TokenFusion is for one shared network"):
+        tokenfusion.fuse({"a": vit(), "b": vit()}, fuser={"_target_": "tokenfusion.fusion.TokenFusion"})
+
+
+def test_a_network_that_sees_no_images_is_told() -> None:
+    config = transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    with pytest.raises(tokenfusion.UserError, match=r"BertModel does not run on an example of .* give example="):
+        tokenfusion.fuse(transformers.BertModel(config), ["a", "b"])
+
+
 def test_wrong_inputs_are_told() -> None:
     model = tokenfusion.fuse(vit(), ["a", "b"], THETA).eval()
     x = images("a", "b")
     with pytest.raises(ValueError, match="b must be a tensor"):
         model({"a": x["a"], "b": None})
+    with pytest.raises(ValueError, match="wanted inputs by name, .* got Tensor"):
+        model(x["a"])
+    with pytest.raises(ValueError, match=r'takes 3 channels; for others: fuse\(network, \{"a": 1, "b": 1\}\)'):
+        model({name: image[:, :1] for name, image in x.items()})
     for present in ([[True, True], [True, False]], {"a": True}):
         with pytest.raises(ValueError, match="present must be bool"):
             model(x, present)

@@ -170,10 +170,11 @@ def test_recomputing_blocks_saves_memory_and_changes_nothing(fused, word: str) -
     assert saved_bytes(model) < 0.5 * much
 
 
+@pytest.mark.parametrize("kind", ["shared", "separate"])
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_two_processes_equal_one(tmp_path: Path, way: str) -> None:
+def test_two_processes_equal_one(tmp_path: Path, way: str, kind: str) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-W", "ignore", processes.__file__, way]
+    command = [sys.executable, "-W", "ignore", processes.__file__, way, kind]
     places = [str(tmp_path / "meeting"), str(tmp_path / "state.pt")]
     both = [
         subprocess.Popen([*command, rank, *places], env=environment, stderr=subprocess.PIPE, text=True)
@@ -182,10 +183,10 @@ def test_two_processes_equal_one(tmp_path: Path, way: str) -> None:
     for process in both:
         assert process.communicate(timeout=300)[1] is not None
         assert process.returncode == 0, way
-    two, one = torch.load(tmp_path / "state.pt", weights_only=True), processes.train("one")
+    two, one = torch.load(tmp_path / "state.pt", weights_only=True), processes.train("one", kind)
     assert two.keys() == one.keys()
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-12
-    start = processes.model().state_dict()
+    start = processes.MODELS[kind]().state_dict()
     assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-3, "it learned"
 
 

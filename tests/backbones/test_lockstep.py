@@ -553,6 +553,17 @@ def test_what_separate_networks_do_not_take_is_named(arguments: dict, message: s
         tokenfusion.fuse({"rgb": vit(), "depth": vit(48)}, **arguments)
 
 
+def test_wrong_inputs_and_names_are_told() -> None:
+    model, x = tokenfusion.fuse({"rgb": vit(), "depth": vit(48)}).eval(), pictures()
+    for wrong in (None, x["depth"].numpy()):
+        with pytest.raises(ValueError, match="depth must be a tensor"):
+            model({**x, "depth": wrong})
+    with pytest.raises(ValueError, match="wanted inputs by name, .* got Tensor"):
+        model(x["rgb"])
+    with pytest.raises(tokenfusion.UserError, match="'keys' cannot name a modality"):
+        tokenfusion.fuse({"keys": vit(), "depth": vit(48)})
+
+
 def test_what_a_shared_network_does_not_take_is_named() -> None:
     with pytest.raises(tokenfusion.UserError, match="fuse\\(\\) of one shared network takes no 'projection'"):
         tokenfusion.fuse(vit(), ["rgb", "depth"], projection={})

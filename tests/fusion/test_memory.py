@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from tokenfusion.fusion.memory import linears_behind
 
@@ -80,6 +81,32 @@ def test_what_lies_between_is_not_kept(layers: Layers) -> None:
 
     assert kept(training=True) == len(layers.linears)  # the input, and every product but the last
     assert kept(training=False) >= 2 * len(layers.linears)
+
+
+@pytest.mark.parametrize("place", ["norm", "linear"])
+def test_hooks_are_called(place: str) -> None:
+    """Pruning, old weight norms, profilers and adapters hang on calls."""
+    norm, linear = nn.LayerNorm(8), nn.Linear(8, 4)
+    fired: list[str] = []
+    (norm if place == "norm" else linear).register_forward_hook(lambda *_: fired.append(place))
+    linears_behind(norm, [linear], torch.randn(2, 8, requires_grad=True), training=True)
+    assert fired == [place]
+
+
+def test_pruned_layers_learn() -> None:
+    linear = nn.Linear(8, 4)
+    prune.l1_unstructured(linear, "weight", 0.5)
+    for _ in range(2):
+        linears_behind(None, [linear], torch.randn(2, 8), training=True).sum().backward()
+    assert (linear.weight_orig.grad[linear.weight_mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 8), (0, 8), (2, 3, 5, 8)])
+def test_rows_of_any_shape(layers: Layers, shape: tuple[int, ...]) -> None:
+    x = torch.randn(*reversed(shape)).permute(*reversed(range(len(shape)))).requires_grad_()
+    assert x.shape == shape
+    for a, b in zip(*(gradients(layers, x, training) for training in (True, False)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_an_adapter_in_the_place_of_a_layer_is_called() -> None:

@@ -80,6 +80,25 @@ class _Trial:
         return output
 
 
+class _Turn:
+    """A block runs on what was decided."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+
+    def block(self, place: FusedBlock, x: Tensor, args: Any, kwargs: Any) -> Any:
+        return place.under(self.step, x, args, kwargs)
+
+
+def _called(place: FusedBlock, step: Step, x: Tensor, args: Any, kwargs: Any) -> Any:
+    """A block called as its network calls it, so that whoever wrapped it (FSDP) is asked; on what was decided."""
+    before, place.door.run = place.door.run, _Turn(step)
+    try:
+        return place(x, *args, **kwargs)
+    finally:
+        place.door.run = before
+
+
 class Column:
     """One network as a column of blocks of one width and one number of tokens.
 
@@ -228,9 +247,9 @@ class Stream:
             place, cue = self.column.places[index], self.cues[index]
             step = Step(self.plain, entry or Entry(self.tokens()[None]), Context(self.grid, self.column.prefix))
             if recomputes and torch.is_grad_enabled():
-                output = checkpoint.checkpoint(place.under, step, self.x, *cue, use_reentrant=False)
+                output = checkpoint.checkpoint(_called, place, step, self.x, *cue, use_reentrant=False)
             else:
-                output = place.under(step, self.x, *cue)
+                output = _called(place, step, self.x, *cue)
             self.outputs.append(output)
             self.x, entry = cast("Tensor", first_tensor(output)), None
 

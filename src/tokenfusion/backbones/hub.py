@@ -204,6 +204,11 @@ class FusedNetwork(FusedModel):
             raise ValueError(f"{wrong} must be a tensor [B, C, ...]; got {got}; leave a missing modality's name out")
         some = next(iter(inputs.values()))
         channels = max(self.channels) if self.channels else max(x.shape[1] for x in inputs.values())
+        if not self.channels and len(self.example_size) == some.dim() == 4 and channels != self.example_size[1]:
+            given = ", ".join(f'"{name}": {x.shape[1]}' for name, x in inputs.items())
+            raise ValueError(
+                f"the network takes {self.example_size[1]} channels; for others: fuse(network, {{{given}}})"
+            )
         shape = (some.shape[0], channels, *some.shape[2:])
         padded = {name: self._padded(name, x, shape) for name, x in inputs.items()}
         streams = [padded[name] if name in padded else some.new_zeros(shape) for name in self.modalities]

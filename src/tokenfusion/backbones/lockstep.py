@@ -20,7 +20,7 @@ from tokenfusion.errors import UserError
 from tokenfusion.fusion.crossing import Exchange, NoExchange
 from tokenfusion.fusion.exchange import ExchangeRates, exchange_rates
 from tokenfusion.fusion.fusers import Entry
-from tokenfusion.fusion.modality import presence
+from tokenfusion.fusion.modality import check_named, presence
 from tokenfusion.fusion.projection import pair_layers
 
 Pair = tuple[str, str]  # receiver, giver
@@ -248,6 +248,7 @@ class FusedStreams(FusedModel):
 
     def _complete(self, inputs: Mapping[str, Any], present: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
         """An input for every network, zeros where a modality is missing, and which are present, ``[M, B]``."""
+        check_named(self.modalities, inputs)
         known = {name: inputs[name] for name in self.modalities if name in inputs}
         others = [name for name in inputs if name not in known]
         takes_more = any(bridge.find is not None for bridge in self.ways())
@@ -255,6 +256,10 @@ class FusedStreams(FusedModel):
             raise ValueError(f"inputs must be some of {', '.join(self.modalities)}; got {', '.join(inputs) or 'none'}")
         some = next(iter(known.values()))
         for name, x in known.items():
+            if not isinstance(x, Tensor):
+                raise ValueError(
+                    f"{name} must be a tensor; got {type(x).__name__}; leave a missing modality's name out"
+                )
             if len(x) != len(some):
                 raise ValueError(f"{name} has {len(x)} samples, {next(iter(known))} has {len(some)}")
         present = presence(self.modalities, inputs, present, len(some), some.device)
@@ -322,6 +327,11 @@ class FusedStreams(FusedModel):
 def _check_networks(networks: Mapping[str, nn.Module]) -> None:
     if not networks or any("." in name or not name for name in networks):
         raise ValueError(f"modalities must be names without dots, at least one; got {list(networks)}")
+    taken = [name for name in networks if hasattr(nn.ModuleDict, name)]
+    if taken:
+        raise UserError(
+            f"{taken[0]!r} cannot name a modality: a ModuleDict has an attribute of that name; choose another"
+        )
     if len({id(network) for network in networks.values()}) < len(networks):
         raise UserError("one network for several modalities is shared: fuse(network, [names])")
     for network in networks.values():

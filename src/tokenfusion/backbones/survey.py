@@ -186,7 +186,14 @@ def survey(network: nn.Module, example: Any, run: Any) -> Survey:
             f"{kind} has no transformer blocks (no module with an attention and an MLP); wanted a transformer"
         )
     with evaluating(network), torch.no_grad(), _watched(network, blocks, calls, stems):
-        run(example)
+        try:
+            run(example)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a foreign module raises
+            given = list(example.shape) if isinstance(example, Tensor) else type(example).__name__
+            told = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            raise UserError(f"{kind} does not run on an example of {given} ({told[0]}); give example=") from error
     plans, skipped = _plans(network, blocks, calls, example.shape)
     if not plans:
         name, reason = next(iter(skipped.items()))

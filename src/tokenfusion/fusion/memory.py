@@ -15,10 +15,10 @@ def linears_behind(norm: nn.LayerNorm | None, linears: Sequence[nn.Module], x: T
     """Linear layers with a GELU before each; ``norm``, where given, takes the place of the first GELU.
 
     In training what a linear layer is given is computed again in the backward pass instead of kept. A compiler decides for
-    itself what to keep; what is no plain ``nn.Linear`` (an adapter in its place) is called as it is.
+    itself what to keep; where a layer is no plain one (an adapter in its place, hooks on it) all are called as they are.
     """
     learns = training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if learns and all(type(linear) is nn.Linear for linear in linears):
+    if learns and all(map(_is_plain, linears)) and (norm is None or _is_plain(norm)):
         before = (None, None, None) if norm is None else (norm.eps, norm.weight, norm.bias)
         parameters = [parameter for linear in linears for parameter in (linear.weight, linear.bias)]
         found: Tensor = _LinearsBehind.apply(x, *before, *parameters)
@@ -26,6 +26,12 @@ def linears_behind(norm: nn.LayerNorm | None, linears: Sequence[nn.Module], x: T
     for index, linear in enumerate(linears):
         x = linear(F.gelu(x) if norm is None or index else norm(x))
     return x
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling a layer does what its class says and no more: hooks, pruning and old weight norms hang on calls."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) in (nn.Linear, nn.LayerNorm) and not hooks and "forward" not in vars(layer)
 
 
 class _LinearsBehind(torch.autograd.Function):
@@ -63,8 +69,9 @@ class _LinearsBehind(torch.autograd.Function):
         for index in reversed(range(len(products) + 1)):
             weight, bias = parameters[2 + 2 * index : 4 + 2 * index]
             of_weight, of_bias = of_parameters[2 + 2 * index : 4 + 2 * index]
-            given, rows = F.gelu(products[index - 1]) if index else first.detach(), grad.flatten(0, -2)
-            to_weight = _as(rows.t() @ _as(given.flatten(0, -2), grad), weight) if of_weight else None
+            given = F.gelu(products[index - 1]) if index else first.detach()
+            rows, given_rows = grad.reshape(-1, grad.shape[-1]), given.reshape(-1, given.shape[-1])
+            to_weight = _as(rows.t() @ _as(given_rows, grad), weight) if of_weight else None
             to_linears[:0] = [to_weight, _as(rows.sum(0), bias) if of_bias else None]
             if index or any(wanted):
                 grad = _as(grad @ _as(weight, grad), given)

@@ -39,8 +39,15 @@ def presence(
     return there.expand(-1, batch) if present is None else present & there
 
 
+def check_named(modalities: Sequence[str], inputs: object) -> None:
+    """Raise a ValueError where inputs are not given by name."""
+    if not isinstance(inputs, Mapping):
+        raise ValueError(f'wanted inputs by name, {{"{modalities[0]}": tensor, ...}}; got {type(inputs).__name__}')
+
+
 def check_names(modalities: Sequence[str], inputs: Mapping[str, Any]) -> None:
     """Raise a ValueError where inputs are named otherwise than the modalities, or are none."""
+    check_named(modalities, inputs)
     if not inputs or any(name not in modalities for name in inputs):
         raise ValueError(f"inputs must be some of {', '.join(modalities)}; got {', '.join(inputs) or 'none'}")
 
