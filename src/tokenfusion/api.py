@@ -23,6 +23,7 @@ from tokenfusion.backbones.weights import local_folder
 from tokenfusion.components import EXCHANGES, FUSER_GIVEN, FUSERS, TARGET, explain, maker, read_yaml, write_text
 from tokenfusion.data.folder import DatasetSpec
 from tokenfusion.errors import UserError, nearest
+from tokenfusion.tasks.predictions import EXAMPLE
 from tokenfusion.tasks.runs import device_of, judged_folder, load_run, save_weights
 from tokenfusion.train import FitResult
 
@@ -359,6 +360,12 @@ def predict(
     model, dataset, _ = _loaded(Path(run), recipe, checkpoint, trust, device_of(recipe.train))
     written: list[Path] = task_package(recipe.task).predictor(model, dataset, recipe).run(files, data, split, Path(out))
     return written
+
+
+def example_of(run: str | Path) -> str:
+    """What single files look like on the command line, for the task of a run."""
+    task = recipe_of(Path(run)).task
+    return str(getattr(task_package(task), "EXAMPLE", EXAMPLE))
 
 
 def load(

@@ -184,7 +184,8 @@ def predict(
     """Predict on one's own files: labels, the generated image, or boxes with pictures of them; and every token's score."""
     from tokenfusion import api
 
-    written = api.predict(run, out, _pairs(files) if files else None, data, split, checkpoint, trust)
+    named = _pairs(files, api.example_of(run)) if files else None
+    written = api.predict(run, out, named, data, split, checkpoint, trust)
     shown = written if len(written) <= 6 else [*written[:3], f"... and {len(written) - 3} more files"]
     for path in shown:
         typer.echo(str(path))
@@ -345,12 +346,12 @@ def doctor(as_json: Json = False) -> None:
         typer.echo(f"{key:18} {value}")
 
 
-def _pairs(arguments: list[str]) -> dict[str, Path]:
+def _pairs(arguments: list[str], example: str) -> dict[str, Path]:
     pairs: dict[str, Path] = {}
     for argument in arguments:
         name, sign, path = argument.partition("=")
         if not sign or not name or not path:
-            raise UserError(f"{argument!r}: wanted name=file, for example rgb=a.jpg depth=a.png")
+            raise UserError(f"{argument!r}: wanted name=file, for example {example}")
         if name in pairs:
             raise UserError(f"{argument!r}: {name} is given twice")
         pairs[name] = Path(path)

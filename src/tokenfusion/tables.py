@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Column, Table
 
 from tokenfusion.report import metric
-from tokenfusion.report.rows import rows_of
+from tokenfusion.report.rows import rows_of, shown_by_class
 
 
 def listed(title: str, entries: Mapping[str, str]) -> Table:
@@ -37,7 +37,7 @@ def figures(metrics: Mapping[str, Any]) -> Table:
 
 def classes(metrics: Mapping[str, Any]) -> Table:
     """The IoU of every stream by class, or all figures of a detector's last head."""
-    tables = metrics["per_class"]
+    tables = shown_by_class(metrics.get("task", ""), metrics["per_class"])
     columns = {stream: ("iou", table["iou"]) for stream, table in tables.items() if "iou" in table}
     title = "IoU per class" if columns else f"per class, {' '.join(tables)} head"
     if not columns:

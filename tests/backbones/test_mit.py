@@ -60,6 +60,12 @@ def test_other_numbers_of_channels_and_unknown_variants() -> None:
         mit("b9")
 
 
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 2])
+def test_a_drop_path_that_is_no_rate_is_refused(rate: float) -> None:
+    with pytest.raises(ValueError, match="drop_path is .*; wanted 0 or more, and less than 1"):
+        MiT((8, 16, 20, 32), (1, 1, 1, 1), drop_path=rate)
+
+
 def test_token_and_map_are_inverse_and_in_row_order() -> None:
     image = torch.arange(24.0).reshape(1, 2, 3, 4)
     tokens = to_tokens(image)

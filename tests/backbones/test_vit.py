@@ -38,6 +38,8 @@ def test_unknown_variants_and_impossible_sizes_are_named() -> None:
         vit("xl")
     with pytest.raises(ValueError, match="dim 10 .* heads, 3"):
         ViT(10, 1, 3)
+    with pytest.raises(ValueError, match=r"\(0, 3\) patches .* at least 16 x 16"):
+        ViT(12, 1, 3, grid=(0, 3))
 
 
 def test_pixels_beyond_the_last_whole_patch_are_not_seen(small: ViT) -> None:
@@ -212,6 +214,8 @@ def test_positions_of_a_classifier_are_brought_to_the_networks_grid(small: ViT) 
 def test_something_else_than_a_classifier_is_refused() -> None:
     with pytest.raises(UserError, match=r"'layer1.weight' are no DeiT checkpoint: pos_embed"):
         from_deit({"layer1.weight": torch.ones(1)}, (14, 14))
+    with pytest.raises(UserError, match=r"pos_embed is \[7\]; wanted a tensor of 3 dimensions"):
+        from_deit({"pos_embed": torch.ones(7)}, (14, 14))
 
 
 def test_names_say_what_things_are(small: ViT) -> None:

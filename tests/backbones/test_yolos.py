@@ -79,6 +79,13 @@ def test_forward_is_its_steps(small: Yolos, size: tuple[int, int]) -> None:
     assert output.boxes.max() <= 1
 
 
+@pytest.mark.parametrize(("variant", "mid"), [("s", False), ("ti", True)])
+def test_mid_positions_are_a_choice(variant: str, mid: bool) -> None:
+    with torch.device("meta"):
+        network, published = (yolos(variant, init_size=(64, 96), mid=wish) for wish in (mid, None))
+    assert (network.mid_pos_embed is not None, published.mid_pos_embed is not None) == (mid, not mid)
+
+
 def test_mid_positions_come_after_every_block_but_the_last(shake) -> None:
     network = shake(small_yolos(mid=True)).eval()
     tokens, grid = network.embed(torch.randn(1, 3, 80, 48))
@@ -299,5 +306,8 @@ def test_what_does_not_fit_is_named(small: Yolos) -> None:
         from_hf_yolos({"x": torch.ones(1)})
     with pytest.raises(UserError, match=r"'mask_head.weight' is not part of the YOLOS layout"):
         from_yolos({**published(small), "mask_head.weight": torch.ones(1)})
+    for name, wrong in (("det_token", (3,)), ("det_token", (1, 0, 12)), ("pos_embed", (5,)), ("mid_pos_embed", (2, 5))):
+        with pytest.raises(UserError, match=rf"backbone\.{name} is .*; wanted a tensor of \d dimensions"):
+            from_yolos({**published(small), f"backbone.{name}": torch.ones(wrong)})
     with pytest.raises(UserError, match=r"pos_embed.*\(\d, 13, 12\).*\(\d, 21, 12\)"):
         load_detector(small_yolos(small.mid_pos_embed is not None, grid=(4, 5)), published(small))

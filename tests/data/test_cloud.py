@@ -136,11 +136,49 @@ def test_a_bin_file_has_the_columns_that_are_said(tmp_path: Path) -> None:
         rows = np.concatenate([XYZ, np.full((4, 1), 0.3, np.float32)], axis=1)[:, :columns]
         (tmp_path / "a.bin").write_bytes(rows.astype("<f4").tobytes())
         np.testing.assert_array_equal(read_cloud(tmp_path / "a.bin", columns=columns).points, XYZ)
-    with pytest.raises(UserError, match=r"a\.bin: .*64 bytes are no rows of 6 float32"):
+    with pytest.raises(UserError, match=r"a\.bin: 64 bytes are no rows of 6 float32 \(x y z r g b\); .* as \.npy"):
         read_cloud(tmp_path / "a.bin")
     (tmp_path / "a.bin").write_bytes(XYZ.astype("<f4").tobytes())  # as rows of six the colours would be coordinates
     with pytest.raises(UserError, match=r"a\.bin: .*holds colours in -7\.75"):
         read_cloud(tmp_path / "a.bin", columns=6)
+
+
+def test_a_bin_file_without_negative_coordinates_is_taken_for_rows_of_six_or_refused(tmp_path: Path) -> None:
+    """As docs/data.md says; nothing tells x y z and x y z r g b apart there."""
+    cloud = np.abs(XYZ)
+    cloud.tofile(tmp_path / "a.bin")
+    np.testing.assert_array_equal(read_cloud(tmp_path / "a.bin").points[:, :3], cloud[::2])
+    cloud[:3].tofile(tmp_path / "a.bin")
+    with pytest.raises(UserError, match="36 bytes are no rows of 6 float32"):
+        read_cloud(tmp_path / "a.bin")
+    (300 * cloud).tofile(tmp_path / "a.bin")
+    with pytest.raises(UserError, match=r"holds colours in .* \(x y z r g b\); .*save others as \.npy"):
+        read_cloud(tmp_path / "a.bin")
+
+
+def test_the_suffix_may_be_written_in_capitals(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", XYZ)
+    (tmp_path / "a.npy").rename(tmp_path / "A.NPY")
+    np.testing.assert_array_equal(read_cloud(tmp_path / "A.NPY").points, XYZ)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (np.zeros((5, 4)), "holds float64 [5, 4], wanted [points, 3] or [points, 6]: real numbers x y z"),
+        (np.zeros((1, 5, 3), np.float32), "holds float32 [1, 5, 3], wanted [points, 3]"),
+        (np.zeros((5, 3), complex), "holds complex128 [5, 3], wanted [points, 3]"),
+        (np.array([[0, 0, 0, 300.0, 0, 0]]), "holds colours in 0..300, wanted 0..1 or 0..255"),
+        (np.array([[0, 0, 1e30]]), "a coordinate is 1e+30; wanted metres, none beyond 1e+06"),
+        (np.array([[0, -5e6, 0]]), "a coordinate is 5e+06; wanted metres, none beyond 1e+06"),
+    ],
+)
+def test_what_is_read_but_not_wanted_is_not_called_damage(tmp_path: Path, content: np.ndarray, text: str) -> None:
+    np.save(tmp_path / "a.npy", content)
+    with pytest.raises(UserError) as caught:
+        read_cloud(tmp_path / "a.npy")
+    assert str(caught.value).startswith(f"{tmp_path / 'a.npy'}: {text}")
+    assert "damaged" not in str(caught.value)
 
 
 def test_points_before_other_elements_and_after_them(tmp_path: Path) -> None:

@@ -50,6 +50,10 @@ def test_boxes_with_and_without_rectangles_and_none_at_all(tmp_path: Path) -> No
         ({"boxes": [{**BOX, "yaw_rad": "east"}]}, r"boxes\.0\.yaw_rad: .*came: 'east'"),
         ('{"boxes": [{"class": "a", "center": [NaN, 0, 0], "size": [1, 1, 1], "yaw_rad": 0}]}', r"boxes\.0\.center\.0"),
         ({"boxes": [{**BOX, "box2d": [5, 5, 5, 9]}]}, r"box2d is .* x1 < x2"),
+        ({"boxes": [{**BOX, "box2d": [5, 5, 6]}]}, r"boxes\.0\.box2d: wanted 4 numbers \(came: '\[5, 5, 6\]'\)"),
+        ({"boxes": [{**BOX, "size": [1, 1, 1, 1]}]}, r"boxes\.0\.size: wanted 3 numbers"),
+        ({"boxes": [{**BOX, "size": [1e30, 1, 1]}]}, r"boxes\.0: .*wanted metres, none beyond 1e\+06"),
+        ({"boxes": [{**BOX, "center": [0, -1e7, 0]}]}, r"boxes\.0: .*wanted metres, none beyond 1e\+06"),
     ],
 )
 def test_wrong_boxes_are_named_in_one_line(tmp_path: Path, content: Any, text: str) -> None:
@@ -81,7 +85,14 @@ def changed(rows: list[list[float]], row: int, column: int, value: float) -> lis
     [
         ({"pose": POSE}, "the key 'K' is missing"),
         ({"K": K}, "the key 'pose' is missing"),
-        ({"K": K[:2], "pose": POSE}, "K"),
+        ({"K": K[:2], "pose": POSE}, r"a\.json: K: wanted 3x3 numbers"),
+        ({"K": [row[:2] for row in K], "pose": POSE}, r"a\.json: K: wanted 3x3 numbers"),
+        ({"K": 5, "pose": POSE}, r"a\.json: K: wanted 3x3 numbers \(came: '5'\)"),
+        ({"K": K, "pose": POSE[:3]}, r"a\.json: pose: wanted 4x4 numbers"),
+        ({"views": [{"image": "a.jpg", "K": K, "pose": K}]}, r"a\.json: views\.0\.pose: wanted 4x4 numbers"),
+        ({"K": changed(K, 0, 0, 1e150), "pose": POSE}, r"K: holds 1e\+150; wanted pixels, none beyond 1e\+06"),
+        ({"K": changed(K, 0, 1, -1e9), "pose": POSE}, r"K: holds -1e\+09; wanted pixels"),
+        ({"K": K, "pose": changed(POSE, 0, 3, 1e308)}, r"pose: shifts by \[1e\+308, .*wanted metres"),
         ({"K": changed(K, 0, 0, 0.0), "pose": POSE}, "K: wanted focal lengths above 0"),
         ({"K": changed(K, 2, 2, 0.0), "pose": POSE}, "K: wanted .* last row 0 0 1"),
         ({"K": changed(changed(K, 1, 0, 510.0), 0, 1, 500.0), "pose": POSE}, "K: wanted"),  # singular
@@ -102,6 +113,13 @@ def test_wrong_cameras_are_named_in_one_line(tmp_path: Path, content: Any, text:
         read_camera(write(tmp_path / "a.json", content), Path("photo.jpg"))
     assert str(caught.value).startswith(str(tmp_path / "a.json"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    mark = chr(0xFEFF)
+    assert read_boxes(write(tmp_path / "a.json", mark + json.dumps({"boxes": [BOX]}))).names == ["bed"]
+    camera = mark + json.dumps({"K": K, "pose": POSE})
+    assert len(read_camera(write(tmp_path / "a.json", camera), Path("photo.jpg"))) == 1
 
 
 def test_missing_files_and_a_camera_without_its_image(tmp_path: Path) -> None:

@@ -224,7 +224,9 @@ def test_version_two_takes_its_rectangles_from_a_table_of_their_own(source: Path
     [
         ({"K": np.eye(2)}, "frame 3 has no K of"),
         ({"K": np.zeros((3, 3))}, "frame 3: K is no camera matrix"),
+        ({"K": np.array([[50, 0, 8], [0, 50, 9], [0, 1, 1.0]])}, "frame 3: K is no camera matrix"),
         ({"Rtilt": 2 * TILT}, "frame 3: .*Rtilt no rotation"),
+        ({"Rtilt": -TILT}, "frame 3: .*Rtilt no rotation"),  # a mirror
         ({"groundtruth3DBB": structs([thing("bed", centroid=np.array([1.0, 2.0]))])}, "frame 3 has no centroid"),
         ({"groundtruth3DBB": structs([thing("bed", coeffs="wide")])}, "frame 3 has no centroid, coeffs"),
     ],

@@ -175,6 +175,19 @@ def test_places_of_a_plan() -> None:
     assert not near(picture, RED, 90)[v, 2 * plan(np.array([1.0, 3.0])).round().astype(int)[0] - u]
 
 
+def test_a_large_scene_has_few_lines() -> None:
+    """The grid's spacing grows with what is to be drawn: a cloud in millimetres, a box that a network blew up."""
+    cloud = np.array([[0.0, 0.0, 0.0], [2e4, 2e4, 0.0]])
+    plan = pictures._Plan(cloud, [NONE], [], 300)
+    ruled = near(plan.paper(NO_POINTS), pictures.LINE, 1)
+    assert 15 <= ruled.all(0).sum() <= pictures.LINES + 1
+    assert (ruled.all(1).sum(), plan.lines) == (ruled.all(0).sum(), "lines every 1000 metres")
+    assert pictures._Plan(cloud / 1000, [NONE], [], 300).lines == "lines every metre"
+    huge = boxes([0.0, 0.0, 0.0, 1e30, 1.0, 1.0, 0.0])
+    assert pictures._Plan(cloud, [huge], [], 300).spacing > 1e27, "else it would be drawn for ever"
+    assert draw_above(cloud, huge, side=300).shape[1] == 300
+
+
 def test_marked_points_are_orange_and_crowded_ones_dark() -> None:
     cloud = np.array([[-1.0, 0.0, 0.0]] * 60 + [[1.0, 0.0, 0.0]] + [[0.0, 1.0, 0.0]])
     marked = np.arange(62) == 61

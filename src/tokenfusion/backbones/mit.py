@@ -223,7 +223,13 @@ class MiT(Pyramid):
 
 
 def drop_rates(last: float, blocks: int) -> list[float]:
-    """Stochastic depth per block, rising linearly from 0 to ``last``."""
+    """Stochastic depth per block, rising linearly from 0 to ``last``.
+
+    Raises:
+        ValueError: where that is no rate that leaves something, 0 <= last < 1.
+    """
+    if not 0 <= last < 1:
+        raise ValueError(f"drop_path is {last}; wanted 0 or more, and less than 1")
     return [last * i / max(blocks - 1, 1) for i in range(blocks)]
 
 

@@ -154,6 +154,7 @@ class PointNet2(nn.Module):
         momentum: float = 0.1,
     ) -> None:
         super().__init__()
+        self.channels = channels
         self.levels = Levels(tuple(points), tuple(radii), tuple(samples))
         if any(len(of) != 4 for of in self.levels) or list(self.levels.points) != sorted(self.levels.points)[::-1]:
             raise ValueError(f"levels: wanted 4 of each and no more points than the level before, not {self.levels}")
@@ -172,6 +173,8 @@ class PointNet2(nn.Module):
 
     def forward(self, points: Tensor, indices: PointIndices | None = None) -> Seeds:
         """Seeds of a batch; ``indices`` of :func:`point_indices` with these levels, where they were computed ahead."""
+        if points.shape[-1] != self.channels:
+            raise ValueError(f"the cloud has {points.shape[-1]} channels, this network takes {self.channels}")
         xyz, features = points[..., :3], points[..., 3:] if points.shape[-1] > 3 else None
         found = point_indices(xyz, self.levels) if indices is None else indices
         level = gather(xyz, found.sample)

@@ -95,7 +95,7 @@ class ViT(nn.Module):
     the patches row by row. Pixels beyond the last whole patch are not seen.
 
     Raises:
-        ValueError: where the width cannot be shared out to the heads.
+        ValueError: where the width cannot be shared out to the heads, the grid has no patch, or drop_path is no rate.
     """
 
     def __init__(
@@ -104,6 +104,8 @@ class ViT(nn.Module):
         super().__init__()
         if dim % heads:
             raise ValueError(f"dim {dim} must be a multiple of the heads, {heads}")
+        if min(grid) < 1:
+            raise ValueError(f"{grid} patches have a position; wanted an init_size of at least {PATCH} x {PATCH}")
         self.dim, self.depth, self.grid = dim, depth, grid
         self.patch_embed = PatchEmbedding(channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))

@@ -98,6 +98,7 @@ def yolos(
     detections: int = 100,
     init_size: tuple[int, int] | None = None,
     drop_path: float = 0.0,
+    mid: bool | None = None,
 ) -> Yolos:
     """YOLOS ``"ti"``, ``"s"``, ``"s-dwr"`` or ``"b"`` as published, or our small ``"xs"``, freshly initialised.
 
@@ -105,12 +106,14 @@ def yolos(
         classes: the published ones have COCO's 91.
         init_size: rows and columns in pixels of the image that position embeddings are learned for; None: as published.
         drop_path: stochastic depth of the last block.
+        mid: with a position embedding after every block but the last; None: as published.
     """
     if variant not in VARIANTS:
         raise ValueError(f"YOLOS variant must be one of {', '.join(VARIANTS)}, not {variant!r}")
-    size, image, mid = VARIANTS[variant]
+    size, image, has_mid = VARIANTS[variant]
     rows, columns = image if init_size is None else init_size
-    return Yolos(ViT(*size, grid=(rows // PATCH, columns // PATCH), drop_path=drop_path), classes, detections, mid)
+    vit = ViT(*size, grid=(rows // PATCH, columns // PATCH), drop_path=drop_path)
+    return Yolos(vit, classes, detections, has_mid if mid is None else mid)
 
 
 def three_layers(dim: int, out: int) -> nn.Sequential:

@@ -38,15 +38,19 @@ def from_yolos(source: StateDict) -> StateDict:
     """A published YOLOS file (``backbone.cls_token``, ``class_embed.layers.0.weight`` ...) to the names of our Yolos.
 
     Its position embeddings hold those of the detection tokens as their last rows; ours are tensors of their own.
+
+    Raises:
+        UserError: where a key is missing or unknown, or a tensor of tokens or positions has other dimensions.
     """
     detections = _detections(source, "backbone.det_token")
     ours: StateDict = {}
     for key, value in source.items():
         name = key.removeprefix("backbone.")
         if name == "pos_embed":
+            value = _of_dims(key, value, 3)
             ours["vit.pos_embed"], ours["det_pos_embed"] = value[:, :-detections], value[:, -detections:]
         elif name == "mid_pos_embed":  # [blocks - 1, 1, tokens, C]
-            flat = value.flatten(0, 1)
+            flat = _of_dims(key, value, 4).flatten(0, 1)
             ours["mid_pos_embed"], ours["mid_det_pos_embed"] = flat[:, :-detections], flat[:, -detections:]
         elif name == "det_token":
             ours["det_token"] = value
@@ -87,7 +91,7 @@ def from_deit(source: StateDict, grid: Grid) -> StateDict:
         raise UserError(
             f"weights with keys such as {next(iter(source))!r} are no DeiT checkpoint: pos_embed is missing"
         )
-    position = ours["pos_embed"]
+    position = _of_dims("pos_embed", ours["pos_embed"], 3)
     side = math.isqrt(position.shape[1] - 1)
     if side**2 != position.shape[1] - 1:
         position = position[:, 1:]
@@ -146,7 +150,14 @@ def variant_of(tensors: StateDict) -> str:
 def _detections(source: StateDict, name: str) -> int:
     if name not in source:
         raise UserError(f"weights with keys such as {next(iter(source))!r} are no YOLOS checkpoint: {name} is missing")
-    return source[name].shape[1]
+    return _of_dims(name, source[name], 3).shape[1]
+
+
+def _of_dims(name: str, value: torch.Tensor, dims: int) -> torch.Tensor:
+    """The tensor, which has so many dimensions and nothing empty among them."""
+    if value.dim() != dims or 0 in value.shape:
+        raise UserError(f"{name} is {list(value.shape)}; wanted a tensor of {dims} dimensions, as in YOLOS and DeiT")
+    return value
 
 
 def _head(key: str) -> str:

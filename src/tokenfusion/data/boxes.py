@@ -18,6 +18,7 @@ EDGES = tuple(
     edge for k in range(4) for edge in ((k, (k + 1) % 4), (k + 4, (k + 1) % 4 + 4), (k, k + 4))
 )  # pairs of corners
 NEAR_M = 0.05  # what lies nearer to the camera's plane, or behind it, is not seen
+FAR_M = 1e6  # what a file places farther from the origin than this is no scene in metres
 BLOCK = 2**20  # pairs of points and boxes that are looked at together
 
 

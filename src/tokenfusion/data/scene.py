@@ -7,13 +7,19 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 from torch import Tensor
 
+from tokenfusion.data.boxes import FAR_M
 from tokenfusion.errors import UserError
 
 Row3 = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
 Row4 = tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
 RIGID = 1e-3  # how far a pose's axes may be from orthonormal
+FAR_PX = 1e6  # no camera has a longer focal length, in pixels
+SHAPES = {"center": "3", "size": "3", "box2d": "4", "K": "3x3", "pose": "4x4"}
+MISSHAPEN = ("missing", "too_long", "tuple_type")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors begin a file with it
 
 
 class SceneBoxes(NamedTuple):
@@ -43,6 +49,9 @@ class _Box(BaseModel):
     def _has_extent(self) -> _Box:
         if min(self.size) <= 0:
             raise ValueError(f"size is {list(self.size)}; wanted three lengths above 0, in metres")
+        if max(map(abs, (*self.center, *self.size))) > FAR_M:
+            place = f"center is {list(self.center)} and size {list(self.size)}"
+            raise ValueError(f"{place}; wanted metres, none beyond {FAR_M:g}")
         if self.box2d is not None and not (self.box2d[0] < self.box2d[2] and self.box2d[1] < self.box2d[3]):
             raise ValueError(f"box2d is {list(self.box2d)}; wanted [x1, y1, x2, y2] with x1 < x2 and y1 < y2")
         return self
@@ -62,13 +71,18 @@ class _Camera(BaseModel):
         K = torch.tensor(rows, dtype=torch.float64)
         if K[2].tolist() != [0, 0, 1] or min(K[0, 0], K[1, 1]) <= 0 or torch.linalg.det(K) <= 0:
             raise ValueError("wanted focal lengths above 0 on the diagonal, and a last row 0 0 1")
+        if K.abs().max() > FAR_PX:
+            raise ValueError(f"holds {K.flatten()[K.abs().argmax()]:g}; wanted pixels, none beyond {FAR_PX:g}")
         return rows
 
     @field_validator("pose")
     @classmethod
     def _moves(cls, rows: tuple[Row4, Row4, Row4, Row4]) -> tuple[Row4, Row4, Row4, Row4]:
-        if not is_rigid(torch.tensor(rows, dtype=torch.float64)):
+        pose = torch.tensor(rows, dtype=torch.float64)
+        if not is_rigid(pose):
             raise ValueError("is no rotation and shift (camera to upright), with a last row 0 0 0 1")
+        if pose[:3, 3].abs().max() > FAR_M:
+            raise ValueError(f"shifts by {pose[:3, 3].tolist()}; wanted metres, none beyond {FAR_M:g}")
         return rows
 
 
@@ -97,7 +111,7 @@ Content = TypeVar("Content", bound=BaseModel)
 
 def _read(path: Path | str) -> bytes:
     try:
-        return Path(path).read_bytes()
+        return Path(path).read_bytes().removeprefix(BYTE_ORDER_MARK)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
@@ -109,13 +123,20 @@ def _parse(path: Path | str, data: bytes, model: type[Content]) -> Content:
     try:
         return model.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        if first["type"] == "missing":
-            raise UserError(f"{path}: the key {place!r} is missing") from None
-        message = first["msg"].removeprefix("Value error, ").replace("\n", " ")
-        came = "" if first["type"] in ("value_error", "json_invalid") else f" (came: {str(first['input'])[:60]!r})"
-        raise UserError(f"{path}: {f'{place}: ' if place else ''}{message}{came}") from None
+        raise UserError(f"{path}: {_explain(error.errors()[0])}") from None
+
+
+def _explain(first: ErrorDetails) -> str:
+    """One problem in one line: the key, what is wrong with it, and what came."""
+    kind, parts = first["type"], [str(part) for part in first["loc"]]
+    message = first["msg"].removeprefix("Value error, ").replace("\n", " ")
+    if kind == "missing" and not parts[-1].isdigit():
+        return f"the key {'.'.join(parts)!r} is missing"
+    field = next((part for part in parts if part in SHAPES), None)
+    if field is not None and kind in MISSHAPEN:
+        parts, message = parts[: parts.index(field) + 1], f"wanted {SHAPES[field]} numbers"
+    came = "" if kind in ("value_error", "json_invalid") else f" (came: {str(first['input'])[:60]!r})"
+    return f"{'.'.join(parts)}: {message}{came}" if parts else f"{message}{came}"
 
 
 def read_boxes(path: Path | str) -> SceneBoxes:
@@ -141,7 +162,8 @@ def read_camera(path: Path | str, image: Path | None = None, root: Path | None =
         image: the image that a camera without views belongs to.
         root: the folder below which views name their images; by default the file's own.
 
-    Errors: UserError that names the file and the entry: a K without focal lengths, a pose that is no rigid motion.
+    Errors: UserError that names the file and the entry: a K without focal lengths, a pose that is no rigid motion, what
+    lies out of all reach.
     """
     path = Path(path)
     data = _read(path)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tokenfusion.data.cloud import Cloud
+from tokenfusion.data.cloud import Cloud, with_channels
 from tokenfusion.data.degrade import PLAIN, Conditions, degraded, degraded_cloud
 from tokenfusion.data.folder import Folder
 from tokenfusion.data.motion import SceneAugment, move_boxes, move_points, move_projection, recolour
@@ -109,7 +109,7 @@ class Scenes(Dataset[Scene]):
         motion = None if self.augment is None else self.augment.draw(generator)
         cloud = self._cloud(id)
         rows = draw_rows(len(cloud.points), self.points, generator)
-        points = self._columns(id, cloud.points)[rows]
+        points = with_channels(cloud.points, self.colour, self.folder.scene_path(id, POINTS))[rows]
         views = self._views(id) if self.has_images else None
         truth = self._truth(id, points[:, :3], None if cloud.box is None else cloud.box[rows], views)
         projection = None if views is None else views.projection
@@ -127,12 +127,6 @@ class Scenes(Dataset[Scene]):
     def _cloud(self, id: str) -> Cloud:
         cloud, how = self.folder.read_cloud(id), self.conditions.degrade.get(POINTS)
         return cloud if how is None else degraded_cloud(cloud, how, id)
-
-    def _columns(self, id: str, points: Tensor) -> Tensor:
-        if self.colour and points.shape[1] < 6:
-            path = self.folder.scene_path(id, "points")
-            raise UserError(f"{path}: has no colours, and they are asked for; add r g b, or leave colour out")
-        return points if self.colour else points[:, :3]
 
     def _views(self, id: str) -> Views:
         assert self.image_size is not None  # checked when the scenes were made

@@ -25,7 +25,8 @@ NEAR_M = 0.05
 CAMERA, LINE, MUTED = (0, 84, 166), (226, 226, 226), (89, 98, 109)
 MARGIN_M = 0.35  # around everything
 CROWD = 99.5  # percent of the points that a plan shows; stray ones may lie far away
-FOUND, TRUE, MARKED, VIEW, METRES = "found", "true", "token from the image", "camera", "lines every metre"
+LINES = 40  # of the grid, at most so many along a plan
+FOUND, TRUE, MARKED, VIEW = "found", "true", "token from the image", "camera"
 ROW = 28  # pixels of a line of the legend
 
 
@@ -69,7 +70,8 @@ def draw_above(
     projections: Sequence[Floats] = (),
     side: int = 640,
 ) -> Bytes:
-    """The scene from above: points as ink, boxes with a stroke along their direction, cameras, lines every metre.
+    """The scene from above: points as ink, boxes with a stroke along their direction, cameras, lines every metre (in a
+    large scene every ten, or hundred, ...).
 
     Args:
         points: [N, 3 or more] upright metres.
@@ -79,8 +81,8 @@ def draw_above(
     """
     places = [place for place in map(_camera, projections) if place is not None]
     plan = _Plan(points, [found, *([truth] if truth is not None else [])], places, side)
-    kinds = {FOUND: len(found.names), TRUE: truth is not None, MARKED: marked is not None, VIEW: places, METRES: True}
-    legend = _places([kind for kind, shown in kinds.items() if shown], plan.width)
+    kinds = {FOUND: len(found.names), TRUE: truth is not None, MARKED: marked is not None, VIEW: places}
+    legend = _places([*(kind for kind, shown in kinds.items() if shown), plan.lines], plan.width)
     foot = np.full((legend[-1][2] + ROW // 2 + 4, plan.width, 3), 255, np.uint8)
     canvas = Canvas(np.concatenate([plan.paper(points), foot]))
     for boxes, dashed in ((found, False), (truth, True)):
@@ -149,20 +151,28 @@ class _Plan:
         everything = np.concatenate([crowd, *corners, *(place[None] for place, _ in places), np.zeros((0, 2))])
         everything = everything if len(everything) else np.zeros((1, 2))
         self.low, self.high = everything.min(0) - MARGIN_M, everything.max(0) + MARGIN_M
-        self.scale = side / float((self.high - self.low).max())
+        extent = float((self.high - self.low).max())
+        self.scale = side / extent
+        self.spacing = 10.0 ** max(math.ceil(math.log10(extent / LINES)), 0)
         self.width, self.height = (math.ceil(size * self.scale) for size in self.high - self.low)
         self.width = max(self.width, side // 2)  # room for names
+
+    @property
+    def lines(self) -> str:
+        """The legend of the grid."""
+        return "lines every metre" if self.spacing == 1 else f"lines every {self.spacing:g} metres"
 
     def __call__(self, xy: Floats) -> Floats:
         return (np.asarray(xy, np.float64) - [self.low[0], self.high[1]]) * [self.scale, -self.scale] - 0.5
 
     def paper(self, points: Floats) -> Bytes:
-        """White with a line every metre, and the points as ink: the more above each other, the darker."""
+        """White with the lines of the grid, and the points as ink: the more above each other, the darker."""
         picture = np.full((self.height, self.width, 3), 255, np.float64)
         for axis, count in ((1, self.width), (0, self.height)):
             start = self.low[0] if axis else -self.high[1]
-            for metre in range(math.ceil(start), math.floor(start + count / self.scale) + 1):
-                at = min(round((metre - start) * self.scale), count - 1)
+            end = start + count / self.scale
+            for line in range(math.ceil(start / self.spacing), math.floor(end / self.spacing) + 1):
+                at = min(round((line * self.spacing - start) * self.scale), count - 1)
                 picture[(slice(None), at) if axis else at] = LINE
         column, row = np.floor(self(points[:, :2]) + 0.5).astype(int).T
         inside = (column >= 0) & (column < self.width) & (row >= 0) & (row < self.height)

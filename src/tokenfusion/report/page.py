@@ -20,7 +20,7 @@ from PIL import Image
 
 from tokenfusion.errors import UserError, require
 from tokenfusion.report import metric, plots
-from tokenfusion.report.rows import ENSEMBLE
+from tokenfusion.report.rows import ENSEMBLE, shown_by_class
 from tokenfusion.report.run import Figures, Run, View, collapse, one_line, read_run
 from tokenfusion.report.samples import css_colours, sample
 from tokenfusion.report.theme import DARK, LIGHT, Theme
@@ -175,7 +175,7 @@ def _in_order(blocks: Mapping[str, Value]) -> dict[str, Value]:
 
 def _classes(run: Run) -> View | None:
     """The table by class of a segmentation, best ensemble IoU first, and its chart."""
-    names, streams = run.evaluation.classes, run.evaluation.per_class
+    names, streams = run.evaluation.classes, shown_by_class(run.task(), run.evaluation.per_class)
     if not names or not streams:
         return None
     first = next((kind for table in streams.values() for kind in table), "iou")  # IoU, or AP at the lowest threshold

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 ENSEMBLE = "ensemble"
 
@@ -17,6 +19,12 @@ class Rows(NamedTuple):
 
 
 STREAMS, HEADS = Rows("stream", ENSEMBLE, "image", ENSEMBLE), Rows("head", "last", "scene", "last head")
+
+
+def shown_by_class(task: str, tables: dict[str, T]) -> dict[str, T]:
+    """What is shown by class: all streams, or of a detector's many heads the one that ranks."""
+    leader = rows_of(task).leader
+    return {leader: tables[leader]} if rows_of(task) is HEADS and leader in tables else tables
 
 
 def rows_of(task: str) -> Rows:

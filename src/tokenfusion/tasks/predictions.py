@@ -19,12 +19,13 @@ from tokenfusion.data.modality import ModalitySpec
 from tokenfusion.errors import UserError, nearest
 
 Specs = Mapping[str, ModalitySpec]
+EXAMPLE = "rgb=a.jpg depth=a.png"  # of single files
 
 
 class Predicts(ABC):
     """Predicts on single files or on a data set folder, and writes all of a call's files or none."""
 
-    example = "rgb=a.jpg depth=a.png"  # of single files
+    example = EXAMPLE
 
     @abstractmethod
     def files(self, files: Mapping[str, Path], out: Path) -> list[Path]:

@@ -53,7 +53,7 @@ def test_figures_of_a_run(run: Path) -> None:
     assert all(set(row) == FIGURES for row in content["streams"].values())
     assert all(0 < row["map15"] <= row["map5"] <= 100 for row in content["streams"].values())
     assert content["classes"] == CLASSES
-    assert list(content["per_class"]) == ["last"]
+    assert list(content["per_class"]) == HEADS
     for name, mean in (("ap5", "map5"), ("recall15", "ar15")):
         values = content["per_class"]["last"][name]
         assert len(values) == 9

@@ -415,7 +415,9 @@ def test_compiles_in_one_graph() -> None:
     ("options", "message"),
     [
         ({"proposals": 33}, "33 proposals of 32 seeds"),
-        ({"layers": 0}, "0 layers"),
+        ({"layers": 0}, "layers: wanted whole numbers above 0, not 0"),
+        ({"momentum": 0.0}, "momentum: wanted above 0 and at most 1"),
+        ({"radii": (0.2, 0.4, float("nan"), 1.2)}, "radii: wanted metres above 0"),
         ({"sampling": "vote"}, "kps or fps, not 'vote'"),
         ({"classes": 3, "mean_sizes": MEANS}, "2 mean sizes for 3 classes"),
     ],

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from tasks.detection3d.small import refused, words
-from tasks.walk import check_cut_checkpoints
+from tasks.walk import check_cut_checkpoints, command
 
 import tokenfusion
 from tokenfusion import UserError
@@ -137,6 +137,19 @@ def test_data_that_cannot_be_judged(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_split_without_any_box_is_not_judged(
+    run: Path, broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its figures would all be zero."""
+    for id in (broken / "val.txt").read_text().split():
+        rewritten(broken / f"boxes/{id}.json", lambda content: content["boxes"].clear())
+    said = "no scene of split 'val' has a box of the run's classes; nothing can be judged"
+    assert said in refused(capsys, "eval", run, "--data", broken, "--to", tmp_path / "metrics.json")
+    assert not (tmp_path / "metrics.json").exists()
+    assert said in untrained(capsys, tmp_path / "run", *words(broken, "train.steps=1"))
+    command("predict", run, "--data", broken, "--split", "val", "--out", tmp_path / "out", capsys=capsys)
+
+
 # ---- recipes and runs ---------------------------------------------------------------------------------------------
 
 
@@ -150,19 +163,35 @@ def test_data_that_cannot_be_judged(
         ("data.points=0", "data.points"),
         ("data.image=[8, 8]", "data.image"),
         ("data.image=[32]", "data.image"),
+        ("data.image=[100000, 100000]", "data.image.0: Input should be less than or equal to 4096"),
         ("data.views=0", "data.views"),
         ("data.val=test", "no split 'test'"),
         ("data.scale=[2, 1]", "scale"),
         ("data.rotation_deg=200", "data.rotation_deg"),
         ("data.boxes2d=drawn", "data.boxes2d"),
         ("model.points.proposals=64", "64 proposals of 32 seeds"),
-        ("model.points.layers=0", "model.points"),
+        ("model.points.layers=0", "layers: wanted whole numbers above 0, not 0"),
+        ("model.points.proposals=0", "proposals: wanted whole numbers above 0, not 0"),
+        ("model.points.heading_bins=0", "heading_bins: wanted whole numbers above 0, not 0"),
+        ("model.points.points=[64, 32, 16, 0]", "points: wanted whole numbers above 0, not 64, 32, 16, 0"),
+        ("model.points.samples=[0, 0, 0, 0]", "samples: wanted whole numbers above 0, not 0, 0, 0, 0"),
+        ("model.points.samples=[8.5, 8, 8, 8]", "samples: wanted whole numbers above 0"),
+        ("model.points.radii=[-1, 1, 1, 1]", "radii: wanted metres above 0, not [-1, 1, 1, 1]"),
+        ("model.points.radii=[0, 0, 0, 0]", "radii: wanted metres above 0"),
+        ("model.points.width=0", "width: wanted at least 0.015625, a channel per layer, not 0"),
+        ("model.points.width=0.001", "width: wanted at least 0.015625"),
+        ("model.points.momentum=5", "momentum: wanted above 0 and at most 1, not 5"),
+        (f"model.points.mean_sizes={[[1, 1, 1]] * 8 + [[1, 0, 1]]}", "wanted three lengths above 0 of each class"),
+        (f"model.points.mean_sizes={[1] * 9}", "wanted three lengths above 0 of each class"),
         ("model.points.samplng=fps", "model.points.samplng"),
         ("model.points.mean_sizes=[[1, 1, 1]]", "1 mean sizes for 9 classes"),
         ("model.points={_target_: torch.nn.Identity}", "--trust"),
         ("model.points={_target_: tokenfusion.backbones.mit.mit, variant: b0}", "model.points"),
         ("model.image=null", "model.image is missing"),
         ("model.image.variant=tiny", "variant must be one of"),
+        ("model.image.detections=0", "model.image.detections: wanted at least 1, got 0"),
+        ("model.image.init_size=[8, 8]", "wanted an init_size of at least 16 x 16"),
+        ("model.image.drop_path=2", "drop_path is 2; wanted 0 or more, and less than 1"),
         ("model.exchange=points-to-image", "model.exchange"),
         ("model.point_weights=nowhere.pth", "nowhere.pth"),
         ("fuser=tokenfusion-paper", "did you mean 'tokenfusion'?"),

@@ -10,11 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from PIL import Image
 from tasks.detection3d.small import boxes_of, files_of, recipe, refused
 from tasks.walk import plain_image
 
 from tokenfusion import api
+from tokenfusion.data.scenes import draw_rows
+from tokenfusion.tasks.detection3d.metrics import Detections
+from tokenfusion.tasks.detection3d.predict import drawable
 
 CLASSES = ["picture", "cupboard", "panel", "cushion", "box", "sofa", "table", "dresser", "locker"]
 
@@ -98,6 +103,57 @@ def test_views_of_a_file(run: Path, views: Path, rooms: Path, tmp_path: Path) ->
     assert boxes_of(listed) == boxes_of(one)
 
 
+def test_how_many_points_images_show_is_said(
+    run: Path, rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = files_of(rooms, "000006", "points", "rgb", "camera")
+    api.predict(run, tmp_path / "points", {"points": files["points"]})
+    assert capsys.readouterr() == ("", ""), "there is no image"
+    api.predict(run, tmp_path / "seen", files)
+    said = capsys.readouterr()
+    assert said.out == "", "there stand the written files"
+    assert said.err == f"points that images show: {points_in_view(run, files)} of 256\n"
+    inverse = json.loads(files["camera"].read_text())
+    inverse["pose"] = np.linalg.inv(inverse["pose"]).tolist()
+    (tmp_path / "inverse.json").write_text(json.dumps(inverse))
+    api.predict(run, tmp_path / "blind", {**files, "camera": tmp_path / "inverse.json"})
+    said = capsys.readouterr()
+    count, warning = said.err.splitlines()
+    assert count == "points that images show: 0 of 256"
+    assert warning.startswith("warning: 000006: no image shows any point of the cloud; is the pose world to camera")
+
+
+def points_in_view(run: Path, files: dict[str, Path]) -> int:
+    """Counted from the file's own K and pose, on the image as it is."""
+    cloud, camera = np.load(files["points"])[:, :3], json.loads(files["camera"].read_text())
+    seed = yaml.safe_load((run / "recipe.yaml").read_text())["seed"]
+    drawn = cloud[draw_rows(len(cloud), 256, torch.Generator().manual_seed(seed)).numpy()]
+    world = np.linalg.inv(camera["pose"])
+    u, v, depth = np.array(camera["K"]) @ (drawn @ world[:3, :3].T + world[:3, 3]).T
+    columns, rows = Image.open(files["rgb"]).size
+    inside = (np.abs(u / depth - columns / 2 + 0.5) < columns / 2) & (np.abs(v / depth - rows / 2 + 0.5) < rows / 2)
+    return int((inside & (depth > 0)).sum())
+
+
+def test_a_folder_names_the_scenes_that_no_image_shows(
+    run: Path, broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for id in ("000007", "000008"):
+        path = broken / f"camera/{id}.json"
+        camera = json.loads(path.read_text())
+        path.write_text(json.dumps({**camera, "pose": np.linalg.inv(camera["pose"]).tolist()}))
+    api.predict(run, tmp_path / "out", data=broken, split="val")
+    said = capsys.readouterr()
+    assert " of 768\n" in said.err
+    assert "warning: 000007 and 1 more: no image shows any point" in said.err
+
+
+def test_an_infinite_box_is_left_out_of_pictures() -> None:
+    rows = torch.tensor([[0.0, 2, 0, 1, 1, 1, 0], [3e38, 2, 0, 3e38, 1, 1, 0], [torch.nan, 2, 0, 1, 1, 1, 0]])
+    found = Detections(rows, torch.ones(3), torch.tensor([[0.9, 0.1]] * 3))
+    assert drawable(found, ["bed", "sofa"]).names == ["bed 0.90"]
+
+
 # ---- mistakes ------------------------------------------------------------------------------------------------------
 
 
@@ -114,6 +170,7 @@ def mistakes(rooms: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
         "empty": np.zeros((0, 3), np.float32),
         "nan": np.full((50, 3), np.nan, np.float32),
         "flat": np.zeros((50, 2), np.float32),
+        "far": np.full((50, 3), 1e30, np.float32),
     }.items():
         np.save(folder / f"{name}.npy", values)
 
@@ -130,7 +187,7 @@ def mistakes(rooms: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
         "cloud cut short": ([f"points={folder / 'cut.npy'}"], "cut.npy: cannot be read as a point cloud"),
         "ply cut short": ([f"points={folder / 'cut.ply'}"], "cut.ply: cannot be read as a point cloud"),
         "noise": ([f"points={folder / 'noise.pcd'}"], "noise.pcd: cannot be read as a point cloud"),
-        "odd rows": ([f"points={folder / 'odd.bin'}"], "odd.bin: cannot be read as a point cloud"),
+        "odd rows": ([f"points={folder / 'odd.bin'}"], "odd.bin: 7 bytes are no rows of 6 float32"),
         "empty cloud": ([f"points={folder / 'empty.npy'}"], "empty.npy: holds no points"),
         "cloud of NaN": ([f"points={folder / 'nan.npy'}"], "nan.npy: its 50 points are NaN or infinite"),
         "two columns": ([f"points={folder / 'flat.npy'}"], "wanted [points, 3] or [points, 6]"),
@@ -146,6 +203,14 @@ def mistakes(rooms: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
         "one channel": ([good[0], f"rgb={plain_image(folder / 'gray.png', (32, 64))}", f"camera={camera}"], "gray.png"),
         "view that is not there": (
             [good[0], f"camera={spoilt('v', views=[{'image': 'x.jpg', **json.loads(camera.read_text())}])}"], "x.jpg"),
+        "image beside views": (
+            [*good, f"camera={spoilt('vi', views=[{'image': 'x.jpg', **json.loads(camera.read_text())}])}"],
+            f"vi.json: lists views, which name their images; leave rgb={rgb} out"),
+        "image beside no views": ([*good, f"camera={spoilt('none', views=[])}"], "none.json: lists views"),
+        "focal lengths out of reach": (
+            [*good, f"camera={spoilt('f', K=[[1e150, 0, 0], [0, 1e150, 0], [0, 0, 1]])}"], "f.json: K: holds 1e+150"),
+        "cloud out of reach": ([f"points={folder / 'far.npy'}"], "far.npy: a coordinate is 1e+30; wanted metres"),
+        "a file without a name": ([cloud], "wanted name=file, for example points=a.npy rgb=a.jpg camera=a.json"),
         "unknown input": ([good[0], f"image={rgb}"], "image=...: this run takes no such input; known: camera, points, rgb"),
         "another split": ([*good, "--split", "val"], "--split belongs to --data"),
         "nothing": ([], "predict wants either files (points=a.npy rgb=a.jpg camera=a.json) or --data FOLDER"),
@@ -173,6 +238,11 @@ CASES = [
     "image cut short",
     "one channel",
     "view that is not there",
+    "image beside views",
+    "image beside no views",
+    "focal lengths out of reach",
+    "cloud out of reach",
+    "a file without a name",
     "unknown input",
     "another split",
     "nothing",

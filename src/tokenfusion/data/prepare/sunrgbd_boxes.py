@@ -170,7 +170,9 @@ def _box2d(thing: dict[str, Any], number: str) -> list[float] | None:
 def _camera_of(row: dict[str, Any], number: str) -> Camera:
     K = _numbers(row, ("K",), (9,), number).reshape(3, 3)
     tilt = _numbers(row, ("Rtilt",), (9,), number).reshape(3, 3)
-    if not (np.isfinite(K).all() and min(K[0, 0], K[1, 1]) > 0 and np.allclose(tilt @ tilt.T, np.eye(3), atol=1e-3)):
+    is_camera = np.isfinite(K).all() and min(K[0, 0], K[1, 1]) > 0 and K[2].tolist() == [0, 0, 1]
+    is_turn = np.allclose(tilt @ tilt.T, np.eye(3), atol=1e-3) and np.linalg.det(tilt) > 0
+    if not (is_camera and is_turn):
         raise UserError(f"{number}: K is no camera matrix, or Rtilt no rotation; {TOOLBOX}")
     return camera_of(K, tilt)
 

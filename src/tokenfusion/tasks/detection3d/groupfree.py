@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from tokenfusion.data.boxes import wrap_angle
 from tokenfusion.tasks.detection3d.decoder import DecoderLayer, initialise
 
 HEADS, HIDDEN = 8, 2048  # attention heads and width of the MLPs, as published
+SMALLEST_WIDTH = 1 / 64  # PointNet++ begins with 64 channels at width 1
 Fuse = Callable[[int, Tensor], Tensor]
 FuseRead = Callable[[int, Tensor, Tensor], Tensor]
 
@@ -115,6 +117,29 @@ class PredictionHead(nn.Module):
         return self.mean_sizes[best] * (1 + residual), scores, residuals
 
 
+def _check_counts(**given: Sequence[int]) -> None:
+    for name, counts in given.items():
+        if any(not isinstance(count, int) or count < 1 for count in counts):
+            raise ValueError(f"{name}: wanted whole numbers above 0, not {', '.join(map(str, counts))}")
+
+
+def _check_measures(width: float, radii: Sequence[float], momentum: float) -> None:
+    if not SMALLEST_WIDTH <= width < math.inf:
+        raise ValueError(f"width: wanted at least {SMALLEST_WIDTH:g}, a channel per layer, not {width}")
+    if any(not 0 < radius < math.inf for radius in radii):
+        raise ValueError(f"radii: wanted metres above 0, not {list(radii)}")
+    if not 0 < momentum <= 1:
+        raise ValueError(f"momentum: wanted above 0 and at most 1, not {momentum}")
+
+
+def _check_mean_sizes(mean_sizes: Sequence[Sequence[float]], classes: int) -> None:
+    if len(mean_sizes) != classes:
+        raise ValueError(f"mean_sizes: {len(mean_sizes)} mean sizes for {classes} classes: wanted one each")
+    for size in mean_sizes:
+        if np.shape(size) != (3,) or not min(size) > 0:
+            raise ValueError(f"mean_sizes: wanted three lengths above 0 of each class, in metres, not {size}")
+
+
 class GroupFree(nn.Module):
     """The detector: PointNet++ seeds, queries among them, a decoder, and a head after each of its layers.
 
@@ -132,7 +157,8 @@ class GroupFree(nn.Module):
         momentum: of all batch norms.
 
     Raises:
-        ValueError: where there are more proposals than seeds, no layer, or not one mean size per class.
+        ValueError: where there are more proposals than seeds, no layer, not one mean size per class, or a number is none of
+            its kind.
     """
 
     mean_sizes: Tensor | None
@@ -154,15 +180,18 @@ class GroupFree(nn.Module):
         momentum: float = 0.1,
     ) -> None:
         super().__init__()
+        _check_counts(heading_bins=[heading_bins], layers=[layers], proposals=[proposals])
+        _check_counts(points=points, samples=samples)
+        _check_measures(width, radii, momentum)
+        if mean_sizes is not None:
+            _check_mean_sizes(mean_sizes, classes)
         self.backbone = PointNet2(channels, width, points, radii, samples, momentum)
         seeds = self.backbone.levels.points[1]
-        if not 0 < proposals <= seeds or layers < 1:
-            raise ValueError(f"{proposals} proposals of {seeds} seeds, {layers} layers: wanted 1..{seeds}, and a layer")
+        if proposals > seeds:
+            raise ValueError(f"{proposals} proposals of {seeds} seeds: wanted 1..{seeds}")
         if sampling not in ("kps", "fps"):
             raise ValueError(f"sampling must be kps or fps, not {sampling!r}")
-        if mean_sizes is not None and len(mean_sizes) != classes:
-            raise ValueError(f"{len(mean_sizes)} mean sizes for {classes} classes: wanted one each")
-        means = None if mean_sizes is None else torch.tensor(mean_sizes, dtype=torch.float32).reshape(-1, 3)
+        means = None if mean_sizes is None else torch.tensor(mean_sizes, dtype=torch.float32)
         self.dim, self.layers, self.proposals = SEED_DIM, layers, proposals
         self.names = ("proposal", *(f"{i}head" for i in range(layers - 1)), "last")
         self.register_buffer("mean_sizes", means, persistent=False)

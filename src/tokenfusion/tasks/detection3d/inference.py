@@ -101,12 +101,15 @@ def figures(runs: Sequence[Mapping[str, AveragePrecision]]) -> dict[str, dict[st
     return table
 
 
-def per_class(runs: Sequence[Mapping[str, AveragePrecision]], head: str) -> dict[str, dict[str, list[float | None]]]:
-    """One head's ``ap25``, ``recall25``, ... by class, means over the repetitions; None for a class that does not occur."""
-    found = [run[head].compute() for run in runs]
-    table: dict[str, list[float | None]] = {}
-    for row, threshold in enumerate(runs[0][head].protocol.thresholds):
+def per_class(runs: Sequence[Mapping[str, AveragePrecision]]) -> dict[str, dict[str, list[float | None]]]:
+    """Every head's ``ap25``, ``recall25``, ... by class, means over the repetitions; None for a class that does not occur."""
+    return {head: _per_class([run[head] for run in runs]) for head in runs[0]}
+
+
+def _per_class(scores: Sequence[AveragePrecision]) -> dict[str, list[float | None]]:
+    found, table = [score.compute() for score in scores], {}
+    for row, threshold in enumerate(scores[0].protocol.thresholds):
         for name in ("ap", "recall"):
             values = np.mean([getattr(f, name)[row] for f in found], 0)
             table[f"{name}{100 * threshold:g}"] = [None if np.isnan(v) else float(v) for v in values]
-    return {head: table}
+    return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from tokenfusion.components import write_text
 from tokenfusion.data.boxes import corners
-from tokenfusion.data.cloud import read_cloud
+from tokenfusion.data.cloud import read_cloud, with_channels
 from tokenfusion.data.description import default_palette
 from tokenfusion.data.folder import DatasetSpec, Folder
 from tokenfusion.data.image import read_image
@@ -25,6 +26,7 @@ from tokenfusion.data.scene_views import load_views, spread
 from tokenfusion.data.scenes import IMAGE, POINTS, SceneBatch, Scenes, collate_scenes, draw_rows
 from tokenfusion.errors import UserError, nearest
 from tokenfusion.fusion.exchange import below
+from tokenfusion.fusion.projection import patch_index, project
 from tokenfusion.report.boxes import Boxes, draw_above, draw_boxes
 from tokenfusion.tasks.detection3d.inference import LAST, Seen, infer
 from tokenfusion.tasks.detection3d.metrics import Detections, Protocol, suppress
@@ -32,8 +34,10 @@ from tokenfusion.tasks.detection3d.model import FusedDetector
 from tokenfusion.tasks.detection3d.settings import DetectionRecipe
 from tokenfusion.tasks.detection3d.task import scenes
 from tokenfusion.tasks.predictions import Predicts, new_files, save_npz, staged
+from tokenfusion.train import warn
 
 CAMERA = "camera"
+EXAMPLE = "points=a.npy rgb=a.jpg camera=a.json"
 SHOWN = 0.3  # the least objectness of a box in a picture
 SAMPLES = 6
 
@@ -41,7 +45,8 @@ SAMPLES = 6
 class DetectionPredictor(Predicts):
     """Writes, of each scene, ``ID.json`` (its boxes), ``ID_above.png``, ``ID_boxes.png`` (one per view) and ``ID_scores.npz``.
 
-    A cloud's points are drawn as in evaluation, so that a folder gives the boxes that were judged.
+    A cloud's points are drawn as in evaluation, so that a folder gives the boxes that were judged. How many of them the
+    images show is printed, and a scene whose images show none is warned of: its camera can hardly be right.
 
     Args:
         model: in eval mode.
@@ -49,7 +54,7 @@ class DetectionPredictor(Predicts):
         recipe: of the run.
     """
 
-    example = "points=a.npy rgb=a.jpg camera=a.json"
+    example = EXAMPLE
 
     def __init__(self, model: FusedDetector, spec: DatasetSpec, recipe: DetectionRecipe) -> None:
         assert spec.scene is not None, "a detection run has scenes"
@@ -65,17 +70,26 @@ class DetectionPredictor(Predicts):
             raise UserError("points=FILE is missing: detection wants a point cloud (.npy, .ply, .bin or .pcd)")
         if IMAGE in files and CAMERA not in files:
             raise UserError(f"{files[IMAGE]}: without camera=FILE nobody knows where the image shows a point; add it")
-        views = read_camera(files[CAMERA], files.get(IMAGE)) if CAMERA in files else []
+        views = self._views(files)
         batch = self._batch(files[POINTS], views)
         with staged(out, {*files.values(), *(view.image for view in views)}) as (stage, written):
             self._one(files[POINTS].stem, batch, views, stage)
+        _tell({files[POINTS].stem: shown_points(batch)}, self.recipe.data.points)
         return written
+
+    def _views(self, files: Mapping[str, Path]) -> list[View]:
+        if CAMERA not in files:
+            return []
+        views = read_camera(files[CAMERA], files.get(IMAGE))
+        if IMAGE in files and [view.image for view in views] != [files[IMAGE]]:
+            raise UserError(f"{files[CAMERA]}: lists views, which name their images; leave rgb={files[IMAGE]} out")
+        return views
 
     def _batch(self, path: Path, views: Sequence[View]) -> SceneBatch:
         data = self.recipe.data
-        cloud = read_cloud(path).points[:, :3]
+        cloud = with_channels(read_cloud(path).points, data.colour, path)
         points = cloud[draw_rows(len(cloud), data.points, torch.Generator().manual_seed(self.recipe.seed))]
-        index = self.model.points.indexer()(points)
+        index = self.model.points.indexer()(points[:, :3])
         batched = type(index)(*(x[None] for x in index))
         if self.model.image is None or not views:
             return SceneBatch([path.stem], points[None], batched, None, None, None)
@@ -93,9 +107,13 @@ class DetectionPredictor(Predicts):
         sources = {view.image for shown in views.values() for view in shown}  # the truth, too, is not written over
         sources |= {folder.scene_path(id, key) for id in places for key in folder.scene.files}
         sources |= {folder.image_path(id, name) for id in places for name in folder.modalities}
+        shown: dict[str, int | None] = {}
         with staged(out, sources) as (stage, written):
             for id, (judged, index) in places.items():
-                self._one(id, collate_scenes([judged[index]]), views[id], stage)
+                batch = collate_scenes([judged[index]])
+                self._one(id, batch, views[id], stage)
+                shown[id] = shown_points(batch)
+        _tell(shown, self.recipe.data.points)
         return written
 
     def _one(self, name: str, batch: SceneBatch, views: Sequence[View], out: Path) -> None:
@@ -120,6 +138,27 @@ class DetectionPredictor(Predicts):
         save_npz(path, {"threshold": np.float32(self.model.threshold or 0.0), **arrays})
 
 
+def shown_points(batch: SceneBatch) -> int | None:
+    """How many of a scene's points some view shows; None where there is no view."""
+    if batch.images is None or batch.projection is None or not batch.projection.any():
+        return None
+    size = (batch.images.shape[-2], batch.images.shape[-1])
+    pixels, depth = project(batch.points[:, None, :, :3], batch.projection)
+    return int(patch_index(pixels, depth, size, 1)[1].any(1).sum())
+
+
+def _tell(shown: Mapping[str, int | None], points: int) -> None:
+    """Print how many points images show, over all scenes that have some, and warn of scenes whose images show none."""
+    counts = {name: count for name, count in shown.items() if count is not None}
+    if counts:
+        print(f"points that images show: {sum(counts.values())} of {points * len(counts)}", file=sys.stderr)
+    blind = [name for name, count in counts.items() if count == 0]
+    if blind:
+        others = f" and {len(blind) - 1} more" if len(blind) > 1 else ""
+        cause = "is the pose world to camera, where camera to upright is wanted, or K of another image size?"
+        warn(f"{blind[0]}{others}: no image shows any point of the cloud; {cause}")
+
+
 def described(found: Detections, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Boxes as the JSON file holds them, best first; score = objectness x probability of the class."""
     best = found.classes.argmax(1)
@@ -139,12 +178,13 @@ def described(found: Detections, classes: Sequence[str]) -> list[dict[str, Any]]
 
 
 def drawable(found: Detections, classes: Sequence[str]) -> Boxes:
-    """The boxes that a picture shows, in their classes' colours."""
+    """The boxes that a picture shows, in their classes' colours; an infinite one has no place in it."""
     best = found.classes.argmax(1)
     score = found.objectness * found.classes.gather(1, best[:, None])[:, 0]
-    rows = (found.objectness >= SHOWN).nonzero()[:, 0].tolist()
+    places = corners(found.boxes)
+    rows = ((found.objectness >= SHOWN) & places.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist()
     names = [f"{classes[int(best[i])]} {score[i]:.2f}" for i in rows]
-    return Boxes(corners(found.boxes[rows]).numpy(), names, default_palette(len(classes))[best[rows].numpy()])
+    return Boxes(places[rows].numpy(), names, default_palette(len(classes))[best[rows].numpy()])
 
 
 def _over(view: View, spec: ModalitySpec, found: Boxes, truth: Boxes | None = None) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenfusion.data.folder import DatasetSpec, Folder
 from tokenfusion.data.scenes import POINTS, collate_scenes
 from tokenfusion.errors import UserError
-from tokenfusion.tasks.detection3d.inference import LAST, Result, figures, per_class, primary
+from tokenfusion.tasks.detection3d.inference import Result, figures, per_class, primary
 from tokenfusion.tasks.detection3d.inference import evaluate as evaluate_scenes
 from tokenfusion.tasks.detection3d.metrics import Protocol
 from tokenfusion.tasks.detection3d.model import FusedDetector
@@ -85,7 +85,7 @@ def judge(
         "primary": primary(protocol),
         "streams": {head: jsonable(row) for head, row in figures(result.runs).items()},
         "classes": judged.classes,
-        "per_class": per_class(result.runs, LAST),
+        "per_class": per_class(result.runs),
         "exchange": exchange_figures(result.rates, model.exchanging)["exchange"],
     }
     return Judged(found, partial(write_samples, model, judged, protocol))

@@ -14,7 +14,7 @@ from tokenfusion.tasks.detection3d.losses2d import Loss2dSettings as ImageLosses
 from tokenfusion.tasks.detection3d.metrics import Protocol
 from tokenfusion.train import TrainSettings
 
-Side = Annotated[int, Field(ge=PATCH)]  # of an image, in pixels
+Side = Annotated[int, Field(ge=PATCH, le=4096)]  # of an image, in pixels
 
 
 class DataSettings(Section):
@@ -25,6 +25,7 @@ class DataSettings(Section):
     train: str = "train"  # names of splits
     val: str = "val"
     points: int = Field(20000, gt=0)  # drawn at random from a scene's cloud
+    colour: bool = False  # their colours go in too; model.points.channels is 6 then
     image: tuple[Side, Side] = (530, 730)  # (rows, columns) of every image, its camera goes along
     views: int = Field(1, gt=0)  # images of a scene; of more, evenly spread ones are taken
     boxes2d: Literal["annotated", "projected"] = "annotated"  # what the image's network learns
@@ -93,4 +94,9 @@ class DetectionRecipe(Section):
     def _consistent(self) -> DetectionRecipe:
         if IMAGE in self.data.modalities and self.model.image is None:
             raise ValueError("model.image is missing, and data.modalities names rgb: give a network, or leave rgb out")
+        channels, wanted = self.model.points.get("channels", 3), 6 if self.data.colour else 3
+        if channels != wanted:
+            raise ValueError(
+                f"model.points.channels is {channels}; with data.colour={self.data.colour} points have {wanted}"
+            )
         return self

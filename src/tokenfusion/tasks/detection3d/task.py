@@ -62,6 +62,8 @@ def build_model(recipe: DetectionRecipe, classes: int, trust: bool = False) -> F
             image = build(settings.image, "model.image", trust, classes=classes)
             if not isinstance(image, Yolos):
                 raise UserError(f"model.image: wanted a Yolos, got {type(image).__name__}")
+            if image.detections < 1:
+                raise UserError(f"model.image.detections: wanted at least 1, got {image.detections}")
         both, queries = settings.exchange == "both", settings.exchange_queries
         return FusedDetector(points, image, make, both, settings.detach, settings.alignment, queries)
 
@@ -93,16 +95,22 @@ def scenes(
     split: str,
     classes: Sequence[str],
     training: bool = False,
-    conditions: Conditions = PLAIN,
+    conditions: Conditions | None = None,
 ) -> Scenes:
     """A split as training or evaluation sees it; labels count the run's ``classes``.
 
     A folder without images is judged, and predicted on, by its points alone; one without boxes needs no classes.
+
+    Args:
+        conditions: under which the split is judged; None: it is not.
+
+    Raises:
+        UserError: where it is judged, and no scene has a box of these classes.
     """
     data = recipe.data
     has_images = IMAGE in folder.modalities and folder.scene.camera is not None
     augment = SceneAugment(data.flip_x, data.flip_y, data.rotation_deg, data.scale, data.aligned_boxes)
-    return Scenes(
+    found = Scenes(
         folder,
         split,
         data.modalities if training or has_images else (POINTS,),
@@ -114,8 +122,20 @@ def scenes(
         model.points.indexer() if data.index_points else None,
         data.boxes2d,
         () if folder.scene.boxes is None else classes,
-        conditions=conditions,
+        data.colour,
+        conditions=PLAIN if conditions is None else conditions,
     )
+    if conditions is not None and folder.scene.boxes is not None:
+        _check_boxes(found, split)
+    return found
+
+
+def _check_boxes(judged: Scenes, split: str) -> None:
+    """Figures over no box would all be zero, and say nothing."""
+    folder, classes = judged.folder, set(judged.classes)
+    if not any(classes & set(folder.read_boxes(id).names) for id in judged.ids):
+        path = folder.scene_path(judged.ids[0], "boxes")
+        raise UserError(f"{path}: no scene of split {split!r} has a box of the run's classes; nothing can be judged")
 
 
 class DetectionTask(Task):
