@@ -52,7 +52,7 @@ def test_rows_with_alignment_have_it_in_detectors_too(name: str, tmp_path: Path)
         for title, cells in part.cells.items():
             recipe: Any = read_recipe(cells[0].recipe, cells[0].overrides)
             assert recipe.model.exchange == "both"
-            assert recipe.model.alignment == ("RPA" in title)
+            assert recipe.model.alignment == ("RPA" in title and "without RPA" not in title)
 
 
 def test_what_a_row_has_at_one_scale_is_varied_too(tmp_path: Path) -> None:
