@@ -305,11 +305,17 @@ def test_every_fuser_becomes_onnx(rooms: Path, saved, tmp_path: Path, fuser: str
 
 
 @pytest.mark.slow
-def test_a_network_of_timm_becomes_onnx(rooms: Path, saved, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", READERS)
+@pytest.mark.parametrize("head", ["SegFormerHead, width: 32", "LinearHead"])
+def test_a_network_of_timm_is_exported(rooms: Path, saved, tmp_path: Path, head: str, format: str) -> None:
     network = "{_target_: tokenfusion.backbones.foreign.timm_network, name: test_vit, img_size: [32, 64]}"
     words = [f"data.root={rooms}", "data.resize=[32, 64]", FUSER, f"model.backbone={network}"]
+    words += [f"model.head={{_target_: tokenfusion.tasks.segmentation.head.{head}}}"]
     run = saved(tokenfusion.read_recipe("toy-segmentation", words))
-    assert export(run, "onnx", tmp_path / "a.onnx").difference <= 1e-4
+    read, most = READERS[format]
+    assert export(run, format, tmp_path / f"a.{format}").difference <= most
+    found, _ = read(tmp_path / f"a.{format}", batch_of(["rgb", "depth"], 1, (32, 64)))
+    assert found["ensemble"].shape == (1, 13, 32, 64)
 
 
 @pytest.mark.slow

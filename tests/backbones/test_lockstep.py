@@ -613,3 +613,63 @@ def test_a_networks_own_checkpointing_is_taken_over() -> None:
     first.set_grad_checkpointing(True)
     with pytest.raises(tokenfusion.UserError, match="own gradient checkpointing is on"):
         model({name: torch.randn(2, 3, 48, 48) for name in ("a", "b")})
+
+
+# ---- what training and shipping ask for ------------------------------------------------------------------------------
+
+
+def trained(model: FusedStreams, out) -> Tensor:
+    return sum(y.float().square().mean() for y in (*out.outputs.values(), out.ensemble)) + model.sparsity()
+
+
+def test_bf16_autocast_trains() -> None:
+    model = tokenfusion.fuse({"rgb": vit(), "depth": vit(48)}, fuser=HALF).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(pictures())
+    trained(model, out).backward()
+    assert out.outputs["rgb"].dtype == torch.bfloat16
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_every_weight_has_one_name() -> None:
+    model = tokenfusion.fuse({"rgb": vit(), "depth": vit(48)}, fuser=HALF)
+    places = [x.data_ptr() for x in model.state_dict().values() if x.numel()]
+    assert len(set(places)) == len(places)
+    other = tokenfusion.fuse({"rgb": vit(), "depth": vit(48)}, fuser=HALF).eval()
+    nn.init.zeros_(other.networks["rgb"].head.weight)
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(other(pictures()).ensemble, model.eval()(pictures()).ensemble)
+
+
+def test_lora_trains_its_adapters_alone() -> None:
+    peft = pytest.importorskip("peft")
+    model = tokenfusion.fuse({"rgb": vit(), "depth": vit(48)}, fuser=HALF).eval()
+    before = model(pictures()).ensemble
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["attn.qkv", "attn.proj"]))
+    assert torch.equal(adapted.eval()(pictures()).ensemble, before)
+    trained(model, adapted.train()(pictures())).backward()
+    learning = [name for name, p in adapted.named_parameters() if p.grad is not None]
+    assert learning
+    assert all("lora_" in name for name in learning)
+
+
+@pytest.mark.slow
+def test_onnx(tmp_path) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Named(nn.Module):
+        def __init__(self, model: FusedStreams) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, rgb: Tensor, depth: Tensor) -> tuple[Tensor, ...]:
+            out = self.model({"rgb": rgb, "depth": depth})
+            return (*out.outputs.values(), out.ensemble)
+
+    model, x = Named(tokenfusion.fuse({"rgb": vit(), "depth": vit(48)}, fuser=HALF)).eval(), pictures()
+    torch.onnx.export(model, tuple(x.values()), tmp_path / "fused.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "fused.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(None, {name: image.numpy() for name, image in x.items()})
+    for ours, theirs in zip(model(**x), found, strict=True):
+        torch.testing.assert_close(torch.from_numpy(theirs), ours, rtol=1e-4, atol=1e-4)
