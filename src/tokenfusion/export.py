@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from tokenfusion import api
 from tokenfusion.data.folder import DatasetSpec
 from tokenfusion.errors import UserError, nearest, require
+from tokenfusion.fusion.mended import Shares
 from tokenfusion.fusion.scores import ScorePredictor
 from tokenfusion.graphs import FACTS, Graph, Tensors, of_detection, of_images
 from tokenfusion.tasks.runs import recorded_dataset
@@ -215,14 +216,15 @@ def _check(graph: Graph, read: Callable[[Tensors], Tensors], tolerance: float, w
 
 @contextmanager
 def _going_on_with(network: nn.Module, scores: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Let score networks give these scores, one call after the other; yields the list of what they had found themselves."""
+    """Let what scores give these, one call after the other; yields the list of what had been found."""
     own: list[Tensor] = []
 
     def replace(module: nn.Module, inputs: Any, found: Tensor) -> Tensor:
         own.append(found)
         return scores[len(own) - 1] if len(own) <= len(scores) else found
 
-    hooks = [part.register_forward_hook(replace) for part in network.modules() if isinstance(part, ScorePredictor)]
+    kind = Shares if any(isinstance(part, Shares) for part in network.modules()) else ScorePredictor
+    hooks = [part.register_forward_hook(replace) for part in network.modules() if isinstance(part, kind)]
     try:
         yield own
     finally:

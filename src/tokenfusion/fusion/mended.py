@@ -14,6 +14,10 @@ from tokenfusion.fusion.scores import ScorePredictor
 EVEN = 0.5  # r where both score alike
 
 
+class Shares(nn.Identity):
+    """What scores come to when they are weighed against each other passes through here, for those who watch or replace it."""
+
+
 class MendedFusion(Fuser):
     """A token's attention output gives way to its partner's where the partner scores higher. Ours.
 
@@ -45,7 +49,7 @@ class MendedFusion(Fuser):
         if modalities == 1:  # nobody to compare with
             self.threshold = None
             return
-        self.score = ScorePredictor(dim, modalities)
+        self.score, self.shares = ScorePredictor(dim, modalities), Shares()
         for net in self.score.nets:
             nn.init.zeros_(cast("nn.Linear", cast("nn.Sequential", net)[-1]).weight)
 
@@ -76,4 +80,5 @@ class MendedFusion(Fuser):
         last = shares.topk(max(count, 1), dim=-1, largest=False).values[..., -1:]
         spent = shares > last if count else torch.ones_like(shares, dtype=torch.bool)
         shares = torch.where(spent, shares.clamp(min=EVEN), shares)
-        return shares if present is None else shares * present.unsqueeze(-1)
+        found: Tensor = self.shares(shares)
+        return found if present is None else found * present.unsqueeze(-1)
