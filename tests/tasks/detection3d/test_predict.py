@@ -154,6 +154,13 @@ def test_an_infinite_box_is_left_out_of_pictures() -> None:
     assert drawable(found, ["bed", "sofa"]).names == ["bed 0.90"]
 
 
+def test_a_picture_shows_one_box_at_one_place() -> None:
+    """Suppression is by class: a box and a cushion at one place are both written, and drawn over each other."""
+    rows = torch.tensor([[0.0, 2, 0, 1, 1, 1, 0], [0.1, 2, 0, 1, 1, 1, 0], [3.0, 2, 0, 1, 1, 1, 0]])
+    found = Detections(rows, torch.ones(3), torch.tensor([[0.6, 0.4], [0.2, 0.8], [0.7, 0.3]]))
+    assert drawable(found, ["box", "cushion"]).names == ["cushion 0.80", "box 0.70"]
+
+
 # ---- mistakes ------------------------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ from tokenfusion.report.boxes import Boxes, draw_above, draw_boxes
 from tokenfusion.tasks.detection3d.inference import LAST, Seen, infer
 from tokenfusion.tasks.detection3d.metrics import Detections, Protocol, suppress
 from tokenfusion.tasks.detection3d.model import FusedDetector
+from tokenfusion.tasks.detection3d.nms import nms3d
 from tokenfusion.tasks.detection3d.settings import DetectionRecipe
 from tokenfusion.tasks.detection3d.task import scenes
 from tokenfusion.tasks.predictions import Predicts, new_files, save_npz, staged
@@ -39,6 +40,7 @@ from tokenfusion.train import warn
 CAMERA = "camera"
 EXAMPLE = "points=a.npy rgb=a.jpg camera=a.json"
 SHOWN = 0.3  # the least objectness of a box in a picture
+ONE_PLACE = 0.25  # IoU of boxes that a picture takes for one thing
 SAMPLES = 6
 
 
@@ -178,11 +180,16 @@ def described(found: Detections, classes: Sequence[str]) -> list[dict[str, Any]]
 
 
 def drawable(found: Detections, classes: Sequence[str]) -> Boxes:
-    """The boxes that a picture shows, in their classes' colours; an infinite one has no place in it."""
+    """The boxes that a picture shows, in their classes' colours: of several at one place, of whatever classes, the best.
+
+    An infinite one has no place in it.
+    """
     best = found.classes.argmax(1)
     score = found.objectness * found.classes.gather(1, best[:, None])[:, 0]
     places = corners(found.boxes)
-    rows = ((found.objectness >= SHOWN) & places.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist()
+    shown = ((found.objectness >= SHOWN) & places.isfinite().flatten(1).all(1)).nonzero()[:, 0].numpy()
+    apart = nms3d(found.boxes[shown].numpy(), score[shown].numpy(), np.zeros(len(shown), int), ONE_PLACE)
+    rows = sorted(shown[apart].tolist())
     names = [f"{classes[int(best[i])]} {score[i]:.2f}" for i in rows]
     return Boxes(places[rows].numpy(), names, default_palette(len(classes))[best[rows].numpy()])
 
