@@ -304,6 +304,9 @@ def test_what_does_not_fit_is_named(small: Yolos) -> None:
         load_detector(small, {"layer1.weight": torch.ones(1)})
     with pytest.raises(UserError, match=r"'x' are no YOLOS checkpoint: backbone.det_token is missing"):
         from_hf_yolos({"x": torch.ones(1)})
+    query = "vit.encoder.layer.0.attention.attention.query.weight"
+    with pytest.raises(UserError, match=r"are no YOLOS checkpoint: .*\.attn\.key\.weight is missing"):
+        from_hf_yolos({query: torch.ones(1)})
     with pytest.raises(UserError, match=r"'mask_head.weight' is not part of the YOLOS layout"):
         from_yolos({**published(small), "mask_head.weight": torch.ones(1)})
     for name, wrong in (("det_token", (3,)), ("det_token", (1, 0, 12)), ("pos_embed", (5,)), ("mid_pos_embed", (2, 5))):

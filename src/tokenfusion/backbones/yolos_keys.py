@@ -71,7 +71,11 @@ def from_hf_yolos(source: StateDict) -> StateDict:
             name = re.sub(pattern, target, name)
         published["backbone." + name] = value
     for key in [key for key in published if ".attn.query." in key]:
-        parts = [published.pop(key.replace(".query.", f".{part}.")) for part in ("query", "key", "value")]
+        names = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        missing = [name for name in names if name not in published]
+        if missing:
+            raise UserError(f"weights with {key} are no YOLOS checkpoint: {missing[0]} is missing")
+        parts = [published.pop(name) for name in names]
         published[key.replace(".query.", ".qkv.")] = torch.cat(parts)
     return from_yolos(published)
 
