@@ -18,6 +18,7 @@ import tokenfusion
 from tokenfusion import UserError, api
 from tokenfusion.data import Folder
 from tokenfusion.data.scenes import collate_scenes
+from tokenfusion.recipe import read_recipe
 from tokenfusion.tasks.detection3d import build_model
 from tokenfusion.tasks.detection3d.inference import Result, evaluate, figures
 from tokenfusion.tasks.detection3d.run import _shared
@@ -67,6 +68,22 @@ def test_two_processes_judge_as_one(rooms: Path, tmp_path: Path) -> None:
     for head, row in own["streams"].items():
         assert {name: in_training[f"{head}/{name}"] for name in row} == row
     assert own["images"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modalities", ["[points, rgb]", "[points]"])
+def test_boxes_are_learned(tmp_path: Path, modalities: str) -> None:
+    """Minutes of training find furniture that fresh weights do not, with images and without."""
+    api.prepare_rooms(tmp_path / "rooms", train=160, val=30)
+    changes = [
+        f"data.root={tmp_path / 'rooms'}",
+        f"data.modalities={modalities}",
+        "train.steps=160",
+        "train.eval_every=0",
+    ]
+    changes += ["fuser=none"] if modalities == "[points]" else []
+    api.train(read_recipe("toy-detection3d", changes), tmp_path / "run")
+    assert metrics(tmp_path / "run")["streams"]["last"]["map25"] > 8
 
 
 @pytest.mark.parametrize("change", ["train.workers=2", "data.index_points=false"])
