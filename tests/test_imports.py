@@ -21,6 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "backbones": {"fusion", "components"},
     "tasks": {"fusion", "backbones", "data", "train", "components", "report"},
     "api": {"tasks", "train", "backbones", "fusion", "data", "components"},
+    "networks": {"backbones", "components"},
     "recipe": {"api", "components"},
     "contestants": {"api", "recipe", "backbones", "data", "train", "tasks"},
     "bench": {"contestants", "recipe"},

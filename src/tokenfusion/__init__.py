@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from tokenfusion.errors import UserError
 
 if TYPE_CHECKING:
-    from tokenfusion.api import fuse, load
+    from tokenfusion.api import load
     from tokenfusion.backbones.hub import FusedNetwork
     from tokenfusion.backbones.lockstep import FusedStreams
+    from tokenfusion.networks import fuse
     from tokenfusion.recipe import read_recipe
 
 __version__ = "0.1.0"
@@ -29,7 +30,7 @@ def __getattr__(name: str) -> Any:
     homes = {
         "FusedNetwork": "tokenfusion.backbones.hub",
         "FusedStreams": "tokenfusion.backbones.lockstep",
-        "fuse": "tokenfusion.api",
+        "fuse": "tokenfusion.networks",
         "load": "tokenfusion.api",
         "read_recipe": "tokenfusion.recipe",
     }

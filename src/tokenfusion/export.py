@@ -18,7 +18,6 @@ from torch.export import ExportedProgram
 from tokenfusion import api
 from tokenfusion.data.folder import DatasetSpec
 from tokenfusion.errors import UserError, nearest, require
-from tokenfusion.fusion.mended import Shares
 from tokenfusion.fusion.scores import ScorePredictor
 from tokenfusion.graphs import FACTS, Graph, Tensors, of_detection, of_images
 from tokenfusion.tasks.runs import recorded_dataset
@@ -223,8 +222,7 @@ def _going_on_with(network: nn.Module, scores: Sequence[Tensor]) -> Iterator[lis
         own.append(found)
         return scores[len(own) - 1] if len(own) <= len(scores) else found
 
-    kind = Shares if any(isinstance(part, Shares) for part in network.modules()) else ScorePredictor
-    hooks = [part.register_forward_hook(replace) for part in network.modules() if isinstance(part, kind)]
+    hooks = [part.register_forward_hook(replace) for part in network.modules() if isinstance(part, ScorePredictor)]
     try:
         yield own
     finally:

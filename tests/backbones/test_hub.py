@@ -320,9 +320,13 @@ def test_what_is_no_network_is_told(network: object) -> None:
 
 def test_an_exchange_of_the_other_kind_is_told() -> None:
     crossing = {"_target_": "tokenfusion.fusion.crossing.TokenExchange"}
-    with pytest.raises(tokenfusion.UserError, match="TokenExchange is for separate networks"):
+    with pytest.raises(
+        tokenfusion.UserError, match="TokenExchange is of the other kind; one shared network takes none, concat"
+    ):
         tokenfusion.fuse(vit(), ["a", "b"], crossing)
-    with pytest.raises(tokenfusion.UserError, match="TokenFusion is for one shared network"):
+    with pytest.raises(
+        tokenfusion.UserError, match="TokenFusion is of the other kind; separate networks take none, concat"
+    ):
         tokenfusion.fuse({"a": vit(), "b": vit()}, fuser={"_target_": "tokenfusion.fusion.TokenFusion"})
 
 

@@ -25,7 +25,7 @@ from tokenfusion.errors import UserError
 from tokenfusion.fusion.channels import scales_of
 from tokenfusion.fusion.exchange import ExchangeRates
 from tokenfusion.fusion.fusers import Context, Fuser, Grid, NoFusion
-from tokenfusion.fusion.modality import PerModality, check_names, merge, presence, silenced, split
+from tokenfusion.fusion.modality import PerModality, check_names, check_tensors, merge, presence, silenced, split
 
 FuserFactory = Callable[[int, int, int], Fuser]  # (dim, modalities, stage)
 
@@ -198,10 +198,7 @@ class FusedNetwork(FusedModel):
     def stack(self, inputs: Mapping[str, Tensor], present: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """``{name: [B, ...]} -> [M*B, ...]``, channels padded to the widest, and which are present, ``[M, B]``."""
         check_names(self.modalities, inputs)
-        wrong = next((name for name, x in inputs.items() if not isinstance(x, Tensor) or x.dim() < 2), None)
-        if wrong is not None:
-            got = type(inputs[wrong]).__name__
-            raise ValueError(f"{wrong} must be a tensor [B, C, ...]; got {got}; leave a missing modality's name out")
+        check_tensors(inputs, 2)
         some = next(iter(inputs.values()))
         channels = max(self.channels) if self.channels else max(x.shape[1] for x in inputs.values())
         if not self.channels and len(self.example_size) == some.dim() == 4 and channels != self.example_size[1]:

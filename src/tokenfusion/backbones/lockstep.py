@@ -20,7 +20,7 @@ from tokenfusion.errors import UserError
 from tokenfusion.fusion.crossing import Exchange, NoExchange
 from tokenfusion.fusion.exchange import ExchangeRates, exchange_rates
 from tokenfusion.fusion.fusers import Entry
-from tokenfusion.fusion.modality import check_named, presence
+from tokenfusion.fusion.modality import check_named, check_tensors, presence
 from tokenfusion.fusion.projection import pair_layers
 
 Pair = tuple[str, str]  # receiver, giver
@@ -254,12 +254,9 @@ class FusedStreams(FusedModel):
         takes_more = any(bridge.find is not None for bridge in self.ways())
         if not known or (others and not takes_more):
             raise ValueError(f"inputs must be some of {', '.join(self.modalities)}; got {', '.join(inputs) or 'none'}")
+        check_tensors(known)
         some = next(iter(known.values()))
         for name, x in known.items():
-            if not isinstance(x, Tensor):
-                raise ValueError(
-                    f"{name} must be a tensor; got {type(x).__name__}; leave a missing modality's name out"
-                )
             if len(x) != len(some):
                 raise ValueError(f"{name} has {len(x)} samples, {next(iter(known))} has {len(some)}")
         present = presence(self.modalities, inputs, present, len(some), some.device)

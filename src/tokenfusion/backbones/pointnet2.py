@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple, cast
@@ -20,6 +21,7 @@ from tokenfusion.backbones.pointops import (
 )
 
 SEED_DIM = 288
+SMALLEST_WIDTH = 1 / 64  # PointNet++ begins with 64 channels at width 1
 
 
 class Levels(NamedTuple):
@@ -129,6 +131,22 @@ class Propagation(nn.Module):
         return self.layers(torch.cat([spread, skip], -1))
 
 
+def check_counts(**given: Sequence[int]) -> None:
+    """Raise a ValueError where something is not counted in whole numbers above 0."""
+    for name, counts in given.items():
+        if any(not isinstance(count, int) or count < 1 for count in counts):
+            raise ValueError(f"{name}: wanted whole numbers above 0, not {', '.join(map(str, counts))}")
+
+
+def _check_measures(width: float, radii: Sequence[float], momentum: float) -> None:
+    if not SMALLEST_WIDTH <= width < math.inf:
+        raise ValueError(f"width: wanted at least {SMALLEST_WIDTH:g}, a channel per layer, not {width}")
+    if any(not 0 < radius < math.inf for radius in radii):
+        raise ValueError(f"radii: wanted metres above 0, not {list(radii)}")
+    if not 0 < momentum <= 1:
+        raise ValueError(f"momentum: wanted above 0 and at most 1, not {momentum}")
+
+
 class PointNet2(nn.Module):
     """Four set abstractions, two feature propagations. The seeds are the second level's points.
 
@@ -141,7 +159,8 @@ class PointNet2(nn.Module):
         momentum: of the batch norms.
 
     Raises:
-        ValueError: where there are not four levels, or a level has more points than the one before.
+        ValueError: where there are not four levels, a level has more points than the one before, or a number is none of
+            its kind.
     """
 
     def __init__(
@@ -154,6 +173,8 @@ class PointNet2(nn.Module):
         momentum: float = 0.1,
     ) -> None:
         super().__init__()
+        check_counts(points=points, samples=samples)
+        _check_measures(width, radii, momentum)
         self.channels = channels
         self.levels = Levels(tuple(points), tuple(radii), tuple(samples))
         if any(len(of) != 4 for of in self.levels) or list(self.levels.points) != sorted(self.levels.points)[::-1]:

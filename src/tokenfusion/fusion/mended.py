@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -14,8 +15,34 @@ from tokenfusion.fusion.scores import ScorePredictor
 EVEN = 0.5  # r where both score alike
 
 
-class Shares(nn.Identity):
-    """What scores come to when they are weighed against each other passes through here, for those who watch or replace it."""
+class Shares(ScorePredictor):
+    """``r = s / (s + s_partner)`` of every token, at least 0.5 where the budget is spent.
+
+    Scores start equal, and so do the shares: all at 0.5.
+
+    Args:
+        dim, modalities: see :class:`~tokenfusion.fusion.scores.ScorePredictor`.
+        budget: largest share of a stream's tokens that stays below 0.5: those whose partners are furthest ahead.
+
+    Shape: ``[M, B, N, C] -> [M, B, N]``; ``stand_in`` gives every token's partner its place.
+    """
+
+    def __init__(self, dim: int, modalities: int, budget: float) -> None:
+        super().__init__(dim, modalities)
+        self.budget = budget
+        for net in self.nets:
+            nn.init.zeros_(cast("nn.Linear", cast("nn.Sequential", net)[-1]).weight)
+
+    def forward(self, x: Tensor, stand_in: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
+        return self.weighed(super().forward(x), stand_in)
+
+    def weighed(self, s: Tensor, stand_in: Callable[[Tensor], Tensor]) -> Tensor:
+        """What scores ``[M, B, N]`` come to beside those of their partners."""
+        shares = s / (s + stand_in(s)).clamp(min=1e-6)
+        count = int(self.budget * s.shape[-1])
+        last = shares.topk(max(count, 1), dim=-1, largest=False).values[..., -1:]
+        spent = shares > last if count else torch.ones_like(shares, dtype=torch.bool)
+        return torch.where(spent, shares.clamp(min=EVEN), shares)
 
 
 class MendedFusion(Fuser):
@@ -45,19 +72,18 @@ class MendedFusion(Fuser):
         super().__init__(dim, modalities, stage, seed)
         if not 0 <= budget <= 1:
             raise ValueError(f"budget must be in 0..1, not {budget}")
-        self.budget, self.whole = budget, whole
+        self.whole = whole
         if modalities == 1:  # nobody to compare with
             self.threshold = None
             return
-        self.score, self.shares = ScorePredictor(dim, modalities), Shares()
-        for net in self.score.nets:
-            nn.init.zeros_(cast("nn.Linear", cast("nn.Sequential", net)[-1]).weight)
+        self.score = Shares(dim, modalities, budget)
 
     def enter(self, x: Tensor, ctx: Context) -> Entry:
         x = ctx.align(x)
         if self.threshold is None:
             return Entry(x)
-        return Entry(x, self._shares(self.score(x[:, :, ctx.prefix :]), ctx.present))
+        shares: Tensor = self.score(x[:, :, ctx.prefix :], lambda s: self.stand_in(s, ctx.present))
+        return Entry(x, shares if ctx.present is None else shares * ctx.present.unsqueeze(-1))
 
     def leave(self, attended: Tensor, scores: Tensor | None, ctx: Context) -> Tensor:
         if scores is None:
@@ -71,14 +97,3 @@ class MendedFusion(Fuser):
             return substitute(x, given, scores < EVEN)
         estimate = (r - r.detach()) * (x - stand_in).detach()  # zero, with the gradient of the blend
         return substitute(x + estimate, given + estimate if self.whole else given, scores < EVEN)
-
-    def _shares(self, s: Tensor, present: Tensor | None) -> Tensor:
-        """``r``, at least 0.5 where the budget is spent and 0 where the modality is missing: ``[M, B, N]``."""
-        partner = self.stand_in(s, present)
-        shares = s / (s + partner).clamp(min=1e-6)
-        count = int(self.budget * s.shape[-1])
-        last = shares.topk(max(count, 1), dim=-1, largest=False).values[..., -1:]
-        spent = shares > last if count else torch.ones_like(shares, dtype=torch.bool)
-        shares = torch.where(spent, shares.clamp(min=EVEN), shares)
-        found: Tensor = self.shares(shares)
-        return found if present is None else found * present.unsqueeze(-1)

@@ -52,6 +52,15 @@ def check_names(modalities: Sequence[str], inputs: Mapping[str, Any]) -> None:
         raise ValueError(f"inputs must be some of {', '.join(modalities)}; got {', '.join(inputs) or 'none'}")
 
 
+def check_tensors(inputs: Mapping[str, Any], least: int = 1) -> None:
+    """Raise a ValueError where an input is no tensor of at least so many dimensions."""
+    for name, x in inputs.items():
+        if not isinstance(x, Tensor) or x.dim() < least:
+            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            form = "[B, ...]" if least == 1 else "[B, C, ...]"
+            raise ValueError(f"{name} must be a tensor {form}; got {got}; leave a missing modality's name out")
+
+
 def silenced(x: Tensor, present: Tensor | None) -> Tensor:
     """``[M, B, ...]`` with zeros where a modality is missing: what a broken sensor sent, NaN too, goes no further."""
     return x if present is None else torch.where(present.view(*present.shape, *[1] * (x.dim() - 2)), x, 0)

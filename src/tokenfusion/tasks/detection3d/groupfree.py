@@ -18,6 +18,7 @@ from tokenfusion.backbones.pointnet2 import (
     PointNet2,
     Pointwise,
     Seeds,
+    check_counts,
     point_indices,
 )
 from tokenfusion.backbones.pointops import gather
@@ -25,7 +26,6 @@ from tokenfusion.data.boxes import wrap_angle
 from tokenfusion.tasks.detection3d.decoder import DecoderLayer, initialise
 
 HEADS, HIDDEN = 8, 2048  # attention heads and width of the MLPs, as published
-SMALLEST_WIDTH = 1 / 64  # PointNet++ begins with 64 channels at width 1
 Fuse = Callable[[int, Tensor], Tensor]
 FuseRead = Callable[[int, Tensor, Tensor], Tensor]
 
@@ -117,21 +117,6 @@ class PredictionHead(nn.Module):
         return self.mean_sizes[best] * (1 + residual), scores, residuals
 
 
-def _check_counts(**given: Sequence[int]) -> None:
-    for name, counts in given.items():
-        if any(not isinstance(count, int) or count < 1 for count in counts):
-            raise ValueError(f"{name}: wanted whole numbers above 0, not {', '.join(map(str, counts))}")
-
-
-def _check_measures(width: float, radii: Sequence[float], momentum: float) -> None:
-    if not SMALLEST_WIDTH <= width < math.inf:
-        raise ValueError(f"width: wanted at least {SMALLEST_WIDTH:g}, a channel per layer, not {width}")
-    if any(not 0 < radius < math.inf for radius in radii):
-        raise ValueError(f"radii: wanted metres above 0, not {list(radii)}")
-    if not 0 < momentum <= 1:
-        raise ValueError(f"momentum: wanted above 0 and at most 1, not {momentum}")
-
-
 def _check_mean_sizes(mean_sizes: Sequence[Sequence[float]], classes: int) -> None:
     if len(mean_sizes) != classes:
         raise ValueError(f"mean_sizes: {len(mean_sizes)} mean sizes for {classes} classes: wanted one each")
@@ -180,9 +165,7 @@ class GroupFree(nn.Module):
         momentum: float = 0.1,
     ) -> None:
         super().__init__()
-        _check_counts(heading_bins=[heading_bins], layers=[layers], proposals=[proposals])
-        _check_counts(points=points, samples=samples)
-        _check_measures(width, radii, momentum)
+        check_counts(heading_bins=[heading_bins], layers=[layers], proposals=[proposals])
         if mean_sizes is not None:
             _check_mean_sizes(mean_sizes, classes)
         self.backbone = PointNet2(channels, width, points, radii, samples, momentum)

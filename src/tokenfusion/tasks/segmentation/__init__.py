@@ -1,6 +1,7 @@
 """RGB-D and other multimodal semantic segmentation."""
 
 from tokenfusion.data.frames import Batch
+from tokenfusion.tasks.predictions import EXAMPLE
 from tokenfusion.tasks.segmentation.model import FusedSegmenter, SegmentationOutput
 from tokenfusion.tasks.segmentation.run import judge, modalities_of, model_of, predictor, train
 from tokenfusion.tasks.segmentation.settings import SegmentationRecipe as Recipe
@@ -8,6 +9,7 @@ from tokenfusion.tasks.segmentation.task import COMPONENTS, SegmentationTask, bu
 
 __all__ = [
     "COMPONENTS",
+    "EXAMPLE",
     "Batch",
     "FusedSegmenter",
     "Recipe",

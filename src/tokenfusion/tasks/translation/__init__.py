@@ -1,6 +1,7 @@
 """Multimodal image-to-image translation."""
 
 from tokenfusion.data.frames import Batch
+from tokenfusion.tasks.predictions import EXAMPLE
 from tokenfusion.tasks.translation.inference import Evaluation
 from tokenfusion.tasks.translation.model import Discriminator, FusedTranslator, TranslationOutput
 from tokenfusion.tasks.translation.run import judge, modalities_of, model_of, predictor, train
@@ -9,6 +10,7 @@ from tokenfusion.tasks.translation.task import COMPONENTS, TranslationTask, buil
 
 __all__ = [
     "COMPONENTS",
+    "EXAMPLE",
     "Batch",
     "Discriminator",
     "Evaluation",
