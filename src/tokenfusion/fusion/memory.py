@@ -43,9 +43,9 @@ class _LinearsBehind(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float | None, *parameters: Tensor | None) -> Tensor:
-        norm, linears = parameters[:2], parameters[2:]
+        scale, shift, *linears = parameters
         products: list[Tensor] = []
-        given = _first(x, eps, *norm)
+        given = F.gelu(x) if eps is None else F.layer_norm(x, x.shape[-1:], scale, shift, eps)
         ctx.eps, ctx.dtype = eps, given.dtype  # which autocast may have chosen; it is over in the backward pass
         for weight, bias in zip(linears[::2], linears[1::2], strict=True):
             given = F.gelu(products[-1]) if products else given
@@ -59,35 +59,33 @@ class _LinearsBehind(torch.autograd.Function):
         of_x, _, *of_parameters = ctx.needs_input_grad
         saved = ctx.saved_tensors  # asked for once: whoever computes them again does so once
         parameters, (x, *products) = saved[: len(of_parameters)], saved[len(of_parameters) :]
-        wanted = (of_x, *of_parameters[:2])
-        leaves: list[Any] = [
-            t if t is None else t.detach().requires_grad_(w) for t, w in zip((x, *parameters[:2]), wanted, strict=True)
-        ]
-        with torch.set_grad_enabled(ctx.eps is not None):
-            first = _first(leaves[0].to(ctx.dtype), ctx.eps, *leaves[1:])
+        start, of_norm = x.to(ctx.dtype), (of_x, *of_parameters[:2])
+        if ctx.eps is not None:
+            # a norm's parameters may be more exact than the tokens, never less
+            scale, shift = [t if t is None else t.to(torch.promote_types(t.dtype, ctx.dtype)) for t in parameters[:2]]
+            normed, *moments = torch.native_layer_norm(start, x.shape[-1:], scale, shift, ctx.eps)
+        befores = [start if ctx.eps is None else None, *products]  # what a GELU was given; None where it was the norm
         to_linears: list[Tensor | None] = []
-        for index in reversed(range(len(products) + 1)):
+        for index, before in reversed(list(enumerate(befores))):
             weight, bias = parameters[2 + 2 * index : 4 + 2 * index]
             of_weight, of_bias = of_parameters[2 + 2 * index : 4 + 2 * index]
-            given = F.gelu(products[index - 1]) if index else first.detach()
+            given = normed if before is None else F.gelu(before)
             rows, given_rows = grad.reshape(-1, grad.shape[-1]), given.reshape(-1, given.shape[-1])
             to_weight = _as(rows.t() @ _as(given_rows, grad), weight) if of_weight else None
             to_linears[:0] = [to_weight, _as(rows.sum(0), bias) if of_bias else None]
-            if index or any(wanted):
+            if index or any(of_norm):
                 grad = _as(grad @ _as(weight, grad), given)
-            if index:
-                grad = torch.ops.aten.gelu_backward(grad, products[index - 1])
-        if not any(wanted):
+                if before is not None:
+                    grad = torch.ops.aten.gelu_backward(grad, before)
+        if not any(of_norm):
             return None, None, None, None, *to_linears
         if ctx.eps is None:
-            return torch.ops.aten.gelu_backward(grad, x), None, None, None, *to_linears
-        found = iter(torch.autograd.grad(first, [t for t, w in zip(leaves, wanted, strict=True) if w], grad))
-        to_x, *to_norm = [next(found) if w else None for w in wanted]
+            return grad, None, None, None, *to_linears
+        layer_norm_backward = torch.ops.aten.native_layer_norm_backward
+        found = layer_norm_backward(grad, start, x.shape[-1:], *moments, scale, shift, of_norm)
+        asked = zip(found, (x, *parameters[:2]), of_norm, strict=True)
+        to_x, *to_norm = [_as(g, t) if wanted else None for g, t, wanted in asked]
         return to_x, None, *to_norm, *to_linears
-
-
-def _first(x: Tensor, eps: float | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    return F.gelu(x) if eps is None else F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def _as(x: Tensor, other: Tensor) -> Tensor:
