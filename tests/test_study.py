@@ -16,6 +16,7 @@ import yaml
 from scipy import stats
 
 from tokenfusion import api
+from tokenfusion.data import Folder
 from tokenfusion.errors import UserError
 from tokenfusion.recipe import read_recipe
 from tokenfusion.study import Wish, plan, read_study, study
@@ -69,7 +70,7 @@ def write_run(run: Path, recipe: Any) -> None:
     score = SCORES[fuser][recipe.seed]
     streams = {name: {"miou": score - 5, "pixel_accuracy": 80.0} for name in recipe.data.modalities}
     content = {
-        "task": "segmentation", "dataset": "rooms", "split": "val", "images": 7, "primary": "miou",
+        "task": "segmentation", "dataset": Folder(recipe.data.root).name, "split": "val", "images": 7, "primary": "miou",
         "protocol": "single scale", "checkpoint": "last", "step": recipe.train.steps,
         "streams": {**streams, "ensemble": {"miou": score, "pixel_accuracy": 80.0}},
         "exchange": {"stage1.0": {"rgb": 0.5, "depth": 0.3}} if fuser == "TokenFusion" else {},
@@ -108,8 +109,21 @@ def outline(tmp_path: Path) -> str:
     return str(file)
 
 
+def described(folder: Path, name: str) -> str:
+    """Data as far as a study looks at them: what they are called, and their ids."""
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = {
+        "name": name,
+        "modalities": {"rgb": {"kind": "rgb", "files": "rgb/{id}.png"}},
+        "splits": {"val": "val.txt"},
+    }
+    (folder / "dataset.yaml").write_text(yaml.safe_dump(spec))
+    (folder / "val.txt").write_text("0\n")
+    return str(folder)
+
+
 def wish(tmp_path: Path, **changes: Any) -> Wish:
-    return Wish(**{"out": tmp_path / "out", "data": "somewhere", **changes})
+    return Wish(**{"out": tmp_path / "out", "data": described(tmp_path / "somewhere", "rooms"), **changes})
 
 
 def rows(text: str) -> list[list[str]]:
@@ -128,7 +142,8 @@ def test_a_study_ends_in_a_table(trainer: Trainer, outline: str, tmp_path: Path)
                      f"+6.0 (+{interval.low:.1f} to +{interval.high:.1f})", "3"]  # fmt: skip
     assert "toy-segmentation, judged on rooms val (7 images) after 20 steps; 3 seeds" in text
     assert "The paper's numbers are of its own data" in text
-    assert f"`tokenfusion study {outline} --scale toy --seeds 3 --data somewhere --out {tmp_path / 'out'}`" in text
+    data = tmp_path / "somewhere"
+    assert f"`tokenfusion study {outline} --scale toy --seeds 3 --data {data} --out {tmp_path / 'out'}`" in text
     assert {path.name for path in (tmp_path / "out" / "rooms").iterdir()} == {
         f"{row}-seed{seed}" for row in ("late-ensemble", "concat", "tokenfusion") for seed in range(3)
     }
@@ -143,7 +158,8 @@ def test_figures_are_written_for_programs_too(trainer: Trainer, outline: str, tm
         "paper": 53.25,
     }  # fmt: skip
     folder = tmp_path / "out" / "rooms" / "tokenfusion-seed1"
-    command = f"tokenfusion train toy-segmentation train.steps=20 data.root=somewhere seed=1 --out {folder}"
+    data = tmp_path / "somewhere"
+    command = f"tokenfusion train toy-segmentation train.steps=20 data.root={data} seed=1 --out {folder}"
     assert chosen["1"]["command"] == command == (folder / "command.txt").read_text().strip()
     assert chosen["1"]["figure"] == "miou"
     tex = (tmp_path / "out" / "table.tex").read_text()
@@ -157,8 +173,9 @@ def test_what_is_done_is_not_done_again(trainer: Trainer, outline: str, tmp_path
     assert len(trainer.trained) == 6
     trainer.trained.clear()
     assert study(outline, wish(tmp_path, seeds=2)) == text
-    moved = text.replace("--data somewhere", "--data elsewhere")
-    assert study(outline, wish(tmp_path, seeds=2, data="elsewhere")) == moved  # where the data stand is no other run
+    elsewhere = described(tmp_path / "elsewhere", "rooms")
+    moved = text.replace(f"--data {tmp_path / 'somewhere'}", f"--data {elsewhere}")
+    assert study(outline, wish(tmp_path, seeds=2, data=elsewhere)) == moved  # where the data stand is no other run
     assert trainer.trained == []
     study(outline, wish(tmp_path))
     assert sorted(trainer.trained) == ["concat-seed2", "late-ensemble-seed2", "tokenfusion-seed2"]
@@ -199,30 +216,46 @@ def test_a_damaged_folder_beside_it_is_nobodys_business(
     assert len(trainer.trained) == 3
 
 
+@pytest.mark.parametrize("is_told", [True, False])
 def test_figures_of_other_data_are_not_taken_over(
-    trainer: Trainer, outline: str, rooms_named: Path, tmp_path: Path
+    trainer: Trainer, outline: str, tmp_path: Path, is_told: bool
 ) -> None:
+    """Data of another name; or of the same name, with other ids, which figures tell by a fingerprint."""
+    study(outline, wish(tmp_path, seeds=1))
+    for file in tmp_path.glob("out/*/*/metrics.json"):
+        told = {"data": Folder(tmp_path / "somewhere").fingerprint()} if is_told else {}
+        file.write_text(json.dumps({**json.loads(file.read_text()), **told}))
+    trainer.trained.clear()
+    other = described(tmp_path / "other", "rooms" if is_told else "mine")
+    (tmp_path / "other" / "val.txt").write_text("1\n")
+    study(outline, wish(tmp_path, out=tmp_path / "second", seeds=1, data=other))
+    assert len(trainer.trained) == 3
+    study(outline, wish(tmp_path, seeds=1, data=other))
+    assert len(trainer.trained) == 3, "what has been trained on these data beside it is taken over"
+    trainer.trained.clear()
+    with pytest.raises(UserError, match="nowhere"):
+        study(outline, wish(tmp_path, out=tmp_path / "third", seeds=1, data=str(tmp_path / "nowhere")))
+    assert trainer.trained == []
+
+
+def test_a_run_of_fewer_steps_does_not_go_on(trainer: Trainer, outline: str, tmp_path: Path) -> None:
     study(outline, wish(tmp_path, seeds=1))
     trainer.trained.clear()
-    study(outline, wish(tmp_path, seeds=1, data=str(rooms_named)))
-    assert len(trainer.trained) == 3
-    study(outline, wish(tmp_path, out=tmp_path / "second", seeds=1, data=str(rooms_named)))
-    assert len(trainer.trained) == 6
+    with pytest.raises(UserError, match="-seed0: is a run of 20 steps, and 30 are asked for; choose another --out"):
+        study(outline, wish(tmp_path, seeds=1, overrides=("train.steps=30",)))
+    assert trainer.trained == []
 
 
-@pytest.fixture
-def rooms_named(tmp_path: Path) -> Path:
-    """Data by another name than that of the figures."""
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    spec = {
-        "name": "mine",
-        "modalities": {"rgb": {"kind": "rgb", "files": "rgb/{id}.png"}},
-        "splits": {"val": "val.txt"},
-    }
-    (folder / "dataset.yaml").write_text(yaml.safe_dump(spec))
-    (folder / "val.txt").write_text("0\n")
-    return folder
+def test_tables_of_other_settings_stay(trainer: Trainer, outline: str, tmp_path: Path) -> None:
+    study(outline, wish(tmp_path, seeds=1))
+    table = tmp_path / "out" / "table.md"
+    before = table.read_text()
+    with pytest.raises(UserError, match=r"-seed0: is done, and no run of this study at scale toy with these"):
+        study(outline, wish(tmp_path, seeds=1, overrides=("train.lr=1e-3",)), train=False)
+    trainer.fails = "seed0"
+    with pytest.raises(UserError, match="this run failed"):
+        study(outline, wish(tmp_path, seeds=1, overrides=("train.lr=1e-3",)))
+    assert table.read_text() == before
 
 
 def test_some_rows_now_and_tables_without_training(trainer: Trainer, outline: str, tmp_path: Path) -> None:
@@ -288,6 +321,29 @@ def test_conditions_are_rows_and_methods_columns(trainer: Trainer, outline: str,
     assert len(trainer.judged) == 6
 
 
+def test_every_subset_and_what_ones_own_recipe_has_no_input_for(outline: str, tmp_path: Path) -> None:
+    conditions = """
+    conditions: {"{subset} missing": {missing: ["{subset}"]}, noise: {degrade: {depth: {kind: noise, amount: 0.3}}}}
+"""
+    Path(outline).write_text(OUTLINE + conditions)
+    three = wish(tmp_path, overrides=("data.modalities=[rgb, depth, normal]",))
+    assert plan(read_study(outline)[1], three)[0].part.conditions == {
+        "rgb missing": {"missing": ["rgb"]},
+        "depth missing": {"missing": ["depth"]},
+        "normal missing": {"missing": ["normal"]},
+        "rgb + depth missing": {"missing": ["rgb", "depth"]},
+        "rgb + normal missing": {"missing": ["rgb", "normal"]},
+        "depth + normal missing": {"missing": ["depth", "normal"]},
+        "noise": {"degrade": {"depth": {"kind": "noise", "amount": 0.3}}},
+    }
+    with pytest.raises(
+        UserError, match=r"rooms.conditions.noise names 'depth', which is no input of segmentation here"
+    ):
+        plan(read_study(outline)[1], wish(tmp_path, overrides=("data.modalities=[rgb, normal]",)))
+    own = wish(tmp_path, recipe="toy-translation")
+    assert list(plan(read_study(outline)[1], own)[0].part.conditions) == ["shade missing", "edge_texture missing"]
+
+
 def test_ones_own_recipe(trainer: Trainer, tmp_path: Path) -> None:
     own = wish(
         tmp_path, seeds=1, recipe="toy-segmentation", overrides=("data.modalities=[rgb, depth, normal]",), data=None
@@ -321,7 +377,7 @@ def test_rooms_are_drawn_where_nobody_has_them(
     monkeypatch.chdir(tmp_path)
     drawn = []
     module = sys.modules[plan.__module__]
-    monkeypatch.setattr(module, "prepare_rooms", lambda out: (drawn.append(out), out.mkdir(parents=True)))
+    monkeypatch.setattr(module, "prepare_rooms", lambda out: (drawn.append(out), described(out, "rooms")))
     study(outline, Wish(Path("out"), seeds=1))
     study(outline, Wish(Path("out"), seeds=2))
     assert drawn == [Path("out/rooms")]
@@ -362,6 +418,11 @@ def test_a_real_run_is_trained_judged_and_resumed_without_its_weights(rooms: Pat
     run = tmp_path / "out" / "segmentation" / "average-seed0"
     before = (run / "metrics.json").read_text()
     judge(run, {"depth missing": {"missing": ["depth"]}})
+    assert is_judged(run, "depth missing", {"missing": ["depth"]})
+    (run / "conditions" / "depth-missing.json").unlink()
+    to = str(run / "conditions" / "depth-missing.json")  # what a table's command says does the same
+    words = [sys.executable, "-m", "tokenfusion.cli", "eval", str(run), 'evaluation.missing=["depth"]', "--to", to]
+    subprocess.run(words, check=True, capture_output=True)
     found = json.loads((run / "conditions" / "depth-missing.json").read_text())
     assert found["evaluation"] == {"missing": ["depth"]}
     assert found["streams"] != json.loads(before)["streams"]

@@ -112,6 +112,7 @@ parts:
         ("{paper: [53.3]}", "{reference: true}", "several are the reference"),
         ("TokenFusion:", "Late:", "equal names of files"),
         ("TokenFusion:", '"a, b":', "has a comma"),
+        ("{paper: [53.3]}", "{set: [evaluation.flip=true]}", "rows.TokenFusion changes evaluation"),
         (
             "parts:",
             "parts:\n  ONE: {scales: {toy: {recipe: x}}, columns: {a: miou}, rows: {b: {}}}",

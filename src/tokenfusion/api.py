@@ -172,12 +172,15 @@ def evaluate(
     content = {
         "task": recipe.task,
         "dataset": folder.name,
+        "data": folder.fingerprint(),
         "split": split,
         **figures,
         "parameters": sum(p.numel() for p in model.parameters()),
         "checkpoint": checkpoint,
         "step": state["step"],
     }
+    if evaluation:
+        content["evaluation"] = dict(evaluation)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(content, indent=1))
     if is_own and is_plain:

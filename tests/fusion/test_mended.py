@@ -66,6 +66,39 @@ def test_whole_tokens_come_where_that_is_wanted(x: Tensor) -> None:
     torch.testing.assert_close(shares.grad, (x - x.flip(0)).sum(-1))
 
 
+@pytest.mark.parametrize("budget", [0.1, 0.5])
+def test_budget_holds_where_scores_tie(budget: float) -> None:
+    equal = torch.tensor([0.4, 0.6]).view(2, 1, 1).expand(2, 3, 40)  # a flat wall: every token like the next
+    fuser = given(equal, budget=budget)
+    shares = fuser.enter(torch.zeros(2, 3, 40, C), Context((5, 8))).scores
+    assert (shares < 0.5).sum(-1).tolist() == [[40 * budget] * 3, [0] * 3]
+
+
+def test_scores_in_half_types_are_told_apart() -> None:
+    torch.manual_seed(0)
+    fuser = MendedFusion(64, 2)
+    for net in fuser.score.nets:
+        nn.init.trunc_normal_(net[-1].weight, std=0.002)
+    x = torch.randn(2, 3, 100, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        shares = fuser.enter(x, Context((10, 10))).scores
+        assert fuser.leave(x.bfloat16(), shares, Context((10, 10))).dtype == torch.bfloat16
+    exact = fuser.enter(x, Context((10, 10))).scores
+    assert shares.dtype == torch.float32
+    assert shares[0].unique().numel() > 10 * shares[0].bfloat16().unique().numel()
+    assert ((shares < 0.5) == (exact < 0.5)).float().mean() > 0.95
+    assert ((shares < 0.5).sum(-1) <= 50).all()
+
+
+@pytest.mark.parametrize("small", [1e-8, 1e-30])
+def test_the_higher_of_two_tiny_scores_stays(small: float, x: Tensor) -> None:
+    scores = torch.tensor([small, 2 * small], dtype=torch.float64).view(2, 1, 1).expand(2, 3, 16)
+    shares = given(scores, budget=1.0).enter(x, Context(GRID)).scores
+    torch.testing.assert_close(shares, torch.tensor([1 / 3, 2 / 3]).double().view(2, 1, 1).expand(2, 3, 16))
+    nothing = given(torch.zeros_like(scores), budget=1.0).enter(x, Context(GRID)).scores
+    assert (nothing == 0.5).all()
+
+
 def test_budget_goes_to_those_whose_partners_are_furthest_ahead(x: Tensor) -> None:
     own = torch.full((3, 16), 0.5, dtype=torch.float64)
     partner = torch.linspace(0.1, 0.9, 16, dtype=torch.float64).expand(3, 16)

@@ -57,6 +57,8 @@ def test_nothing_to_press() -> None:
     [
         (("fuser=mended",), "those of MendedFusion do not feel; leave it out"),
         (("loss.reduction=sum",), "steers the factor of a mean"),
+        (("fuser.threshold=1",), "at fuser.threshold=1 scores decide nothing"),
+        (("fuser.threshold=0",), "at fuser.threshold=0 scores decide nothing"),
     ],
 )
 def test_what_lambda_has_no_hold_on_is_said(overrides: tuple[str, ...], message: str) -> None:

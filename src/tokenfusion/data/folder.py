@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -17,6 +19,7 @@ from tokenfusion.data.picture import picture
 from tokenfusion.data.prepare.archive import verify_manifest
 from tokenfusion.data.scene import SceneBoxes, View, read_boxes, read_camera
 from tokenfusion.errors import UserError, nearest
+from tokenfusion.manifest import MANIFEST
 
 
 class Folder:
@@ -34,6 +37,15 @@ class Folder:
     @property
     def name(self) -> str:
         return self.spec.name
+
+    def fingerprint(self) -> str:
+        """What tells these data from others of their name: of dataset.yaml, the ids, and the manifest where there is one."""
+        manifest, parts = self.root / MANIFEST, [self.spec.model_dump_json(exclude={"root"})]
+        for split in self.spec.splits:
+            with suppress(UserError):  # whoever needs that split will say what is wrong with it
+                parts.append(" ".join(self.ids(split)))
+        parts += [manifest.read_text(encoding="utf-8")] if manifest.is_file() else []
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     @property
     def modalities(self) -> dict[str, ModalitySpec]:

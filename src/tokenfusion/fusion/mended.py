@@ -34,15 +34,20 @@ class Shares(ScorePredictor):
             nn.init.zeros_(cast("nn.Linear", cast("nn.Sequential", net)[-1]).weight)
 
     def forward(self, x: Tensor, stand_in: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
-        return self.weighed(super().forward(x), stand_in)
+        margins = self.margins(x)
+        exact = torch.promote_types(margins.dtype, torch.float32)  # half a type tells no two scores near 0.5 apart
+        return self.weighed(margins.to(exact).sigmoid(), stand_in)
 
     def weighed(self, s: Tensor, stand_in: Callable[[Tensor], Tensor]) -> Tensor:
-        """What scores ``[M, B, N]`` come to beside those of their partners."""
-        shares = s / (s + stand_in(s)).clamp(min=1e-6)
+        """What scores ``[M, B, N]`` come to beside those of their partners; where both are 0, 0.5."""
+        total = s + stand_in(s)
+        shares = torch.where(total > 0, s / total.clamp(min=torch.finfo(s.dtype).tiny), EVEN)
         count = int(self.budget * s.shape[-1])
-        last = shares.topk(max(count, 1), dim=-1, largest=False).values[..., -1:]
-        spent = shares > last if count else torch.ones_like(shares, dtype=torch.bool)
-        return torch.where(spent, shares.clamp(min=EVEN), shares)
+        if count == s.shape[-1]:
+            return shares
+        furthest = shares.topk(count, dim=-1, largest=False).indices  # by rank: where shares tie the budget holds too
+        in_budget = torch.zeros_like(shares, dtype=torch.bool).scatter(-1, furthest, True)
+        return torch.where(in_budget, shares, shares.clamp(min=EVEN))
 
 
 class MendedFusion(Fuser):
@@ -91,7 +96,7 @@ class MendedFusion(Fuser):
         return behind_prefix(attended, ctx.prefix, lambda x: self._exchanged(x, scores, ctx.present))
 
     def _exchanged(self, x: Tensor, scores: Tensor, present: Tensor | None) -> Tensor:
-        stand_in, r = self.stand_in(x, present), scores.unsqueeze(-1)
+        stand_in, r = self.stand_in(x, present), scores.unsqueeze(-1).to(x.dtype)
         given = stand_in if self.whole else r * x + (1 - r) * stand_in
         if not self.training:
             return substitute(x, given, scores < EVEN)

@@ -52,8 +52,12 @@ class ScorePredictor(nn.Module):
                 nn.init.constant_(last.bias[:1], init_bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.margins(x))
+
+    def margins(self, x: Tensor) -> Tensor:
+        """The logits' difference, keep minus replace: scores before their sigmoid."""
         logits = torch.cat([self._logits(net, stream) for net, stream in zip(self.nets, x.unbind(0), strict=True)])
-        return split(torch.sigmoid(logits[..., 0] - logits[..., 1]), x.shape[0])
+        return split(logits[..., 0] - logits[..., 1], x.shape[0])
 
     def _logits(self, net: nn.Module, x: Tensor) -> Tensor:
         norm, *layers = cast("nn.Sequential", net)

@@ -10,7 +10,7 @@ from tokenfusion.errors import UserError
 from tokenfusion.report.study import write_study
 from tokenfusion.study.outline import SCALES, SHIPPED, Part, Study, read_study, shipped
 from tokenfusion.study.plan import Planned, Wish, chosen_cells, draw_rooms, plan
-from tokenfusion.study.runs import carry_out
+from tokenfusion.study.runs import carry_out, is_done
 from tokenfusion.study.table import table_of
 from tokenfusion.study.writing import comma_separated, latex, markdown, sheet
 
@@ -43,6 +43,13 @@ def study(name: str, wish: Wish, jobs: int | None = None, train: bool = True) ->
             carry_out({cell: parts[cell.part] for cell in chosen_cells(planned, wish.rows)}, jobs)
         except UserError as error:
             failure = error
+    if not any(is_done(cell) for part in planned for row in part.cells.values() for cell in row):
+        others = next(wish.out.glob("*/*-seed*/metrics.json"), None)
+        if others is not None:  # whose tables stay
+            raise failure or UserError(
+                f"{others.parent}: is done, and no run of this study at scale {wish.scale} with these settings is; call with"
+                " those that its command.txt has, or choose another --out"
+            )
     command = _command(name if name.endswith((".yaml", ".yml")) else title, wish)
     text = write_tables(title, outline, planned, command, wish.out)
     if failure is not None:

@@ -1,4 +1,4 @@
-"""One trained run judged under other conditions than its own, and timed; ``python -m tokenfusion.study.judging RUN ...``."""
+"""One trained run judged under other conditions than its own, or timed; ``python -m tokenfusion.study.judging RUN seconds``."""
 
 from __future__ import annotations
 
@@ -29,10 +29,7 @@ def judge(run: Path, conditions: Mapping[str, Mapping[str, Any]]) -> None:
     for title, changes in conditions.items():
         if is_judged(run, title, changes):
             continue
-        file = condition_file(run, title)
-        file.parent.mkdir(exist_ok=True)
-        found = api.evaluate(run, evaluation=changes, to=file)
-        write_text(file, json.dumps({"evaluation": changes, **found}, indent=1))  # a table sees what was asked
+        api.evaluate(run, evaluation=changes, to=condition_file(run, title))
 
 
 def measure(run: Path) -> None:
@@ -64,6 +61,8 @@ def measure(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    judge(Path(sys.argv[1]), json.loads(sys.argv[2]))
-    if sys.argv[3] == "True":
-        measure(Path(sys.argv[1]))
+    place, what = Path(sys.argv[1]), sys.argv[2]
+    if what == "seconds":
+        measure(place)
+    else:
+        judge(place, json.loads(what))

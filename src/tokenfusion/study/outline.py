@@ -44,7 +44,8 @@ class Part(Section):
             is timed).
         rows: title -> what is run. A row, and a column, with ``{modality}`` in it stands for one of every modality.
         conditions: title -> changes of the recipe's ``evaluation``. Every run is judged under each of them; the table then has
-            the conditions in its rows, and the rows in its columns, by the first figure.
+            the conditions in its rows, and the rows in its columns, by the first figure. One with ``{subset}`` in it stands for
+            every set of modalities that leaves one at least.
         head: what the rows are.
         plot: ``exchange`` draws the figure that ranks over the share of exchanged tokens.
         note: what a reader of the table must know.
@@ -67,6 +68,13 @@ class Part(Section):
                 )
         if sum(row.reference for row in self.rows.values()) > 1:
             raise ValueError("rows: several are the reference; one at most is wanted")
+        for title, row in self.rows.items():
+            if any(
+                override.startswith("evaluation.") for override in (*row.set, *(o for s in row.at.values() for o in s))
+            ):
+                raise ValueError(
+                    f"rows.{title} changes evaluation, and a table's runs are judged alike; use conditions"
+                )
         if any("," in title for title in self.rows):
             raise ValueError("rows: a title has a comma, which parts titles in --rows; take another sign")
         for titles in (self.rows, self.conditions):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
@@ -16,7 +17,8 @@ from tokenfusion.recipe import read_recipe
 from tokenfusion.study.outline import SCALES, Part, Row, Scale, ScaleName, Study, slug
 
 ROOMS = Path("data/rooms")  # where the recipes of small networks look for them
-ANY = "{modality}"
+ANY, SUBSET = "{modality}", "{subset}"
+Changes = dict[str, Any]
 
 
 class Wish(NamedTuple):
@@ -99,13 +101,15 @@ def _on_recipe(part: Part, wish: Wish) -> Part:
 
 def _planned(name: str, part: Part, wish: Wish) -> Planned:
     scale = part.scales[wish.scale]
-    _refuse_varied(part, wish.overrides)
+    _refuse_varied(part, wish)
     shared = [*scale.set, *wish.overrides]
     recipe = read_recipe(scale.recipe, shared)
     root = wish.data or _rooms(recipe.data.root, wish.out)
     shared += [f"data.root={root}"] if root else []
-    _check_conditions(name, part, recipe)
     part = _written_out(part, wish.scale, recipe.data.modalities)
+    if wish.recipe:
+        part = part.model_copy(update={"conditions": _fitting(part.conditions, recipe.data.modalities)})
+    _check_conditions(name, part, recipe)
     cells = {
         title: [
             Cell(
@@ -119,12 +123,12 @@ def _planned(name: str, part: Part, wish: Wish) -> Planned:
     return Planned(name, part, wish.scale, cells)
 
 
-def _refuse_varied(part: Part, overrides: Sequence[str]) -> None:
+def _refuse_varied(part: Part, wish: Wish) -> None:
     """Modalities may be overridden where rows stand for one of each: they are written out from what is given."""
-    rows = [row for title, row in part.rows.items() if ANY not in title]
-    of_rows = [override for row in rows for override in (*row.set, *(o for there in row.at.values() for o in there))]
+    rows = [row for title, row in part.rows.items() if ANY not in title and wish.scale in row.scales]
+    of_rows = [override for row in rows for override in (*row.set, *row.at.get(wish.scale, ()))]
     varied = {"seed", *(override.partition("=")[0] for override in of_rows)}
-    for override in overrides:
+    for override in wish.overrides:
         if override.partition("=")[0] in varied:
             raise UserError(f"{override}: is what this study varies; leave it out")
 
@@ -137,6 +141,21 @@ def _check_conditions(name: str, part: Part, recipe: Recipe) -> None:
             schema.model_validate({**recipe.evaluation.model_dump(), **changes})
         except ValidationError as error:
             raise UserError(f"{name}.conditions.{title}: {explain(error, schema)}") from None
+        for unknown in _named(changes) - set(recipe.data.modalities):
+            known = nearest(unknown, recipe.data.modalities)
+            raise UserError(
+                f"{name}.conditions.{title} names {unknown!r}, which is no input of {recipe.task} here; {known}"
+            )
+
+
+def _named(changes: Mapping[str, Any]) -> set[str]:
+    """The modalities that a condition is about."""
+    return {*changes.get("missing", ()), *changes.get("degrade", {})}
+
+
+def _fitting(conditions: Mapping[str, Changes], modalities: Sequence[str]) -> dict[str, Changes]:
+    """Those of inputs that one's own recipe has; a study that names others still serves it."""
+    return {title: changes for title, changes in conditions.items() if _named(changes) <= set(modalities)}
 
 
 def _written_out(part: Part, scale: ScaleName, modalities: Sequence[str]) -> Part:
@@ -150,7 +169,14 @@ def _written_out(part: Part, scale: ScaleName, modalities: Sequence[str]) -> Par
         for name in modalities if ANY in title else [""]:
             written = tuple(override.replace(ANY, name) for override in (*row.set, *row.at.get(scale, ())))
             rows[title.replace(ANY, name)] = row.model_copy(update={"set": written})
-    return part.model_copy(update={"columns": columns, "rows": rows})
+    conditions: dict[str, Changes] = {}
+    for title, changes in part.conditions.items():
+        if SUBSET not in title:
+            conditions[title] = changes
+            continue
+        for names in (names for count in range(1, len(modalities)) for names in combinations(modalities, count)):
+            conditions[title.replace(SUBSET, " + ".join(names))] = {**changes, "missing": list(names)}
+    return part.model_copy(update={"columns": columns, "rows": rows, "conditions": conditions})
 
 
 def _rooms(root: str, out: Path) -> str | None:

@@ -60,9 +60,10 @@ def check_judged_alike(runs: Sequence[Path]) -> None:
     """
     told = {run: figures(run) for run in runs}
     for run, found in told.items():
-        for key in ("protocol", "dataset"):
-            if found.get(key) != told[runs[0]].get(key):
+        for key in ("protocol", "dataset", "data"):
+            here, there = found.get(key), told[runs[0]].get(key)
+            if here != there and not (key == "data" and None in (here, there)):  # old figures do not tell
                 raise UserError(
-                    f"{run}: was judged otherwise ({found.get(key)}) than {runs[0]} ({told[runs[0]].get(key)}); judge all"
-                    " runs alike with `tokenfusion eval`, and call again"
+                    f"{run}: was judged otherwise ({here}) than {runs[0]} ({there}); judge all runs alike with"
+                    " `tokenfusion eval`, and call again"
                 )

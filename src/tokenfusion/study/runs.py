@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,8 +45,12 @@ def carry_out(cells: Mapping[Cell, Part], jobs: int | None = None) -> None:
     free: queue.SimpleQueue[str] = queue.SimpleQueue()
     for place in range(jobs):
         free.put(devices[place % len(devices)] if devices else "")
+    for root in {_wanted(cell).data.root for cell, part in cells.items() if not is_done(cell, part)}:
+        Folder(root)  # a mistake there ends everything now, and no run of other data stands in
     _adopt({cell: part for cell, part in cells.items() if not is_done(cell, part)})
     waiting = [cell for cell, part in cells.items() if not is_done(cell, part)]
+    for cell in waiting:
+        _check_steps(cell)
 
     def work(cell: Cell) -> bool:
         device = free.get()
@@ -73,10 +78,11 @@ def _adopt(cells: Mapping[Cell, Part]) -> None:
     others = next(iter(cells)).run.absolute().parents[2].glob("*/*/*-seed*/command.txt")
     done = {}
     for folder in (file.parent for file in others if (file.parent / "metrics.json").is_file()):
-        with suppress(UserError):  # of another version, or damaged: nobody's business here
-            done[_key(recipe_of(folder))] = folder
+        with suppress(UserError, OSError, ValueError):  # of another version, or damaged: nobody's business here
+            done[_key(recipe_of(folder)), _data_of(folder)] = folder
     for cell, part in cells.items():
-        other = done.get(_key(read_recipe(cell.recipe, cell.overrides)))
+        wanted = _wanted(cell)
+        other = done.get((_key(wanted), Folder(wanted.data.root).fingerprint()))
         if other is None or other == cell.run.absolute() or not is_done(cell._replace(run=other), part):
             continue
         cell.run.mkdir(parents=True, exist_ok=True)
@@ -86,6 +92,25 @@ def _adopt(cells: Mapping[Cell, Part]) -> None:
             elif (other / name).is_file():
                 shutil.copyfile(other / name, cell.run / name)
         print(f"adopted:  {cell.run.name} is {other}", flush=True)
+
+
+def _check_steps(cell: Cell) -> None:
+    """Training would go on, at the end of a schedule that was made for fewer steps."""
+    wanted = old = _wanted(cell).train.steps
+    with suppress(UserError):  # nothing there, or damaged: for `train` to say
+        old = recipe_of(cell.run).train.steps
+    if old != wanted:
+        raise UserError(f"{cell.run}: is a run of {old} steps, and {wanted} are asked for; choose another --out")
+
+
+def _wanted(cell: Cell) -> Recipe:
+    return read_recipe(cell.recipe, cell.overrides)
+
+
+def _data_of(run: Path) -> str:
+    """The fingerprint of the data that a run was judged on; old figures do not tell: then of what now stands there."""
+    found = figures(run)
+    return str(found.get("data") or Folder(recipe_of(run).data.root).fingerprint())
 
 
 def _key(recipe: Recipe) -> str:
@@ -111,8 +136,10 @@ def _work(cell: Cell, part: Part, environment: Mapping[str, str]) -> bool:
     print(f"started:  {cell.command()}", flush=True)
     began = time.monotonic()
     commands = [["tokenfusion.cli", *cell.words()]]
-    if part.conditions or part.is_timed:
-        commands += [["tokenfusion.study.judging", str(cell.run), json.dumps(part.conditions), str(part.is_timed)]]
+    if part.conditions:
+        commands += [["tokenfusion.study.judging", str(cell.run), json.dumps(part.conditions)]]
+    if part.is_timed:
+        commands += [["tokenfusion.study.judging", str(cell.run), "seconds"]]
     with (cell.run / "train.log").open("ab") as log:
         is_well = all(
             subprocess.run([sys.executable, "-m", *words], stdout=log, stderr=log, env=environment).returncode == 0
@@ -126,11 +153,11 @@ def _work(cell: Cell, part: Part, environment: Mapping[str, str]) -> bool:
 def is_done(cell: Cell, part: Part | None = None) -> bool:
     """Whether a run has ended with this very recipe; with a part, also whether it is judged and timed as that wants.
 
-    Its weights need not be there any more. Where the data stand, and what has no effect on the weights, may differ; data of
-    another name may not. A run of another recipe is left to ``train``, which refuses it.
+    Its weights need not be there any more. Where the data stand, and what has no effect on the weights, may differ. A run of
+    another recipe is left to ``train``, which refuses it.
     """
     try:
-        found, wanted = figures(cell.run), read_recipe(cell.recipe, cell.overrides)
+        found, wanted = figures(cell.run), _wanted(cell)
         judged = (found["split"], found["checkpoint"], found["step"])
         is_same = _essence(recipe_of(cell.run)) == _essence(wanted)
     except (OSError, ValueError, KeyError):
@@ -144,9 +171,10 @@ def is_done(cell: Cell, part: Part | None = None) -> bool:
 
 
 def _is_of(found: Mapping[str, Any], root: str) -> bool:
-    """Whether figures are of the data at ``root``, as far as that is there and tells its name."""
+    """Whether figures are of the data at ``root``, as far as these are there; old figures tell their name only."""
     try:
-        return bool(found["dataset"] == Folder(root).name)
+        folder = Folder(root)
+        return bool(found["data"] == folder.fingerprint() if "data" in found else found["dataset"] == folder.name)
     except UserError:
         return True
 

@@ -91,8 +91,8 @@ def table_of(planned: Planned) -> Table:
     first = figures(runs[0]) if runs else {}
     lines = _conditions(planned, done, first) if planned.part.conditions else _rows(planned, done, first)
     columns = list(dict.fromkeys(heading for line in lines for heading in line.entries))
-    measured = [h for h in columns if not runs or any(line.entries[h].values for line in lines)]
     paper = [h for h in columns if any(line.entries[h].paper is not None for line in lines)]
+    ours = [h for h in columns if not runs or h not in paper or any(line.entries[h].values for line in lines)]
     part = planned.part
     head = "condition" if part.conditions else part.head
     reference = None if part.conditions else part.reference
@@ -100,7 +100,7 @@ def table_of(planned: Planned) -> Table:
     points = _points(planned, done, ranks) if part.plot == "exchange" else []
     caption = _caption(planned, first, max((len(found) for found in done.values()), default=0))
     note = f"{part.note} {OTHER_DATA}".strip() if paper and planned.scale != "full" else part.note
-    return Table(planned.name, caption, note, head, measured, paper, lines, reference, ranks, points)
+    return Table(planned.name, caption, note, head, ours, paper, lines, reference, ranks, points)
 
 
 def _rows(planned: Planned, done: Mapping[str, Mapping[int, Path]], first: Mapping[str, Any]) -> list[Line]:

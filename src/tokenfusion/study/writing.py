@@ -61,7 +61,7 @@ def sheet(planned: Planned, table: Table, same_data: bool) -> Sheet:
     for line in table.lines if not planned.part.conditions else []:
         paper = [entry.paper for entry in line.entries.values() if entry.figure == table.ranks and same_data]
         dots.append(Dots(line.title, list(line.ranked.values.values()), paper[0] if paper else None))
-    commands = {title: [cell.command() for cell in cells] for title, cells in planned.cells.items()}
+    commands = {title: [_shown(planned, cell) for cell in cells] for title, cells in planned.cells.items()}
     return Sheet(
         table.name, table.caption, table.note, grid(table), table.reference, table.ranks, dots, table.points, commands
     )
@@ -77,17 +77,27 @@ def comma_separated(planned: Sequence[Planned], tables: Sequence[Table]) -> str:
             for heading, entry in line.entries.items():
                 cells = part.cells.get(line.title) or part.cells.get(heading, [])
                 changes = part.part.conditions.get(line.title)
-                commands = {cell.seed: _command(cell, line.title, changes) for cell in cells}
+                commands = {cell.seed: _command(cell, line.title, changes, entry.figure) for cell in cells}
                 for seed, value in _values(entry):
                     command = commands.get(seed, "") if isinstance(seed, int) else ""
                     writer.writerow([table.name, line.title, heading, entry.figure, seed, f"{value:.6g}", command])
     return out.getvalue()
 
 
-def _command(cell: Cell, title: str, changes: Mapping[str, Any] | None) -> str:
-    """What trains a run; or, of a condition, what judges the trained run under it."""
+def _shown(planned: Planned, cell: Cell) -> str:
+    """All that is typed for a run: what trains it, judges it under conditions, and times it."""
+    judged = [_command(cell, title, changes, "") for title, changes in planned.part.conditions.items()]
+    return "\n".join([cell.command(), *judged, *([_timing(cell)] if planned.part.is_timed else [])])
+
+
+def _timing(cell: Cell) -> str:
+    return shlex.join(["python", "-m", "tokenfusion.study.judging", str(cell.run), "seconds"])
+
+
+def _command(cell: Cell, title: str, changes: Mapping[str, Any] | None, figure: str) -> str:
+    """What trains a run; or what judges the trained run under a condition, or times it."""
     if changes is None:
-        return cell.command()
+        return _timing(cell) if figure == "seconds" else cell.command()
     how = [f"evaluation.{key}={json.dumps(value)}" for key, value in changes.items()]
     return shlex.join(["tokenfusion", "eval", str(cell.run), *how, "--to", str(condition_file(cell.run, title))])
 

@@ -123,11 +123,20 @@ class Sparsity(nn.Module):
 def _check_steerable(loss: Pressed, backbone: FusedPyramid) -> None:
     if loss.reduction != "mean":
         raise UserError("loss.target_rate steers the factor of a mean; set loss.reduction=mean, or leave it out")
-    for fuser in backbone.fusers.modules():
-        if isinstance(fuser, Fuser) and not fuser.can_be_pressed:
+    for fuser in (fuser for fuser in backbone.fusers.modules() if isinstance(fuser, Fuser)):
+        if not fuser.can_be_pressed:
             raise UserError(
                 f"loss.target_rate lowers and lifts scores, which those of {type(fuser).__name__} do not feel; leave it out"
             )
+        check_threshold(fuser.threshold)
+
+
+def check_threshold(threshold: float | None) -> None:
+    """Raise a UserError where a rate is wanted of a threshold that exchanges nothing or everything, whatever the scores are."""
+    if threshold is not None and not 0 < threshold < 1:
+        raise UserError(
+            f"loss.target_rate: at fuser.threshold={threshold:g} scores decide nothing; leave one of the two out"
+        )
 
 
 def watched_rates(backbone: FusedPyramid, scores: Sequence[Tensor], present: Tensor | None) -> dict[str, Tensor]:

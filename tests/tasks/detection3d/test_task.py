@@ -100,6 +100,11 @@ def test_sparsity_counts_tokens_that_have_a_stand_in() -> None:
     torch.testing.assert_close(both.losses(sample, output, "model")["sparsity"], 2 * torch.stack(expected).sum())
 
 
+def test_a_rate_is_wanted_of_a_threshold_that_scores_can_cross() -> None:
+    with pytest.raises(UserError, match="at fuser.threshold=1 scores decide nothing"):
+        task("loss.target_rate=0.25", "fuser.threshold=1")
+
+
 def test_every_layers_lambda_is_steered_by_what_the_layer_exchanged() -> None:
     model, sample = task("loss.sparsity=0", "loss.target_rate=0.25", "model.exchange=both"), batch()
     output = model(sample)

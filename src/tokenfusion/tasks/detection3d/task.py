@@ -27,6 +27,7 @@ from tokenfusion.tasks.detection3d.losses import groupfree_losses
 from tokenfusion.tasks.detection3d.losses2d import yolos_losses
 from tokenfusion.tasks.detection3d.model import DetectionOutput, FusedDetector, Scored
 from tokenfusion.tasks.detection3d.settings import DetectionRecipe
+from tokenfusion.tasks.fusing import check_threshold
 from tokenfusion.train import ParameterGroup, Task
 
 COMPONENTS = {  # keys of a recipe that name parts, and the arguments that the program supplies
@@ -148,6 +149,8 @@ class DetectionTask(Task):
         self.model, self.recipe = model, recipe
         self.monitor = f"{LAST}/{primary(recipe.evaluation)}"
         self.judges_images = True
+        if recipe.loss.target_rate is not None:
+            check_threshold(model.threshold)
         pieces = recipe.train.accumulate
         self.pressure = Pressure(recipe.loss.sparsity, len(model.key_exchange), recipe.loss.target_rate, pieces)
 
