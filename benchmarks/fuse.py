@@ -1,4 +1,4 @@
-"""What fusing costs: two streams of one network fused by TokenFusion, against the same streams unfused.
+"""What fusing costs: two streams of one network, or of two, fused by TokenFusion, against the same streams unfused.
 
     python benchmarks/fuse.py
     python benchmarks/fuse.py --networks vit_small_patch16_224 --rounds 9 --batch 2
@@ -24,33 +24,46 @@ from torch import Tensor
 
 import tokenfusion
 
-NETWORKS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224")
+PAIR = "vit_small_patch16_224+vit_tiny_patch16_224"  # separate networks of two widths
+NETWORKS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224", PAIR)
 CONTESTANTS = {"unfused": "none", "fused": "tokenfusion", "fused, paper": "tokenfusion-paper"}
 MODALITIES = ("rgb", "depth")
 GOAL = 1.25
+Model = tokenfusion.FusedNetwork | tokenfusion.FusedStreams
 
 
-def build(network: str, fuser: str) -> tokenfusion.FusedNetwork:
+def build(network: str, fuser: str) -> Model:
     torch.manual_seed(0)
-    return tokenfusion.fuse(timm.create_model(network), MODALITIES, fuser)
+    own = [timm.create_model(name) for name in network.split("+")]
+    return (
+        tokenfusion.fuse(dict(zip(MODALITIES, own)), fuser=fuser)
+        if own[1:]
+        else tokenfusion.fuse(*own, MODALITIES, fuser)
+    )
 
 
-def loss(model: tokenfusion.FusedNetwork, images: dict[str, Tensor]) -> Tensor:
+def contestants(network: str) -> dict[str, Model]:
+    """Separate networks exchange by the released rule only."""
+    fusers = {name: fuser for name, fuser in CONTESTANTS.items() if "+" not in network or fuser != "tokenfusion-paper"}
+    return {name: build(network, fuser) for name, fuser in fusers.items()}
+
+
+def loss(model: Model, images: dict[str, Tensor]) -> Tensor:
     out = model(images)
     return sum((y.square().mean() for y in (*out.outputs.values(), out.ensemble)), 1e-3 * model.sparsity())
 
 
-def forward(model: tokenfusion.FusedNetwork, images: dict[str, Tensor]) -> None:
+def forward(model: Model, images: dict[str, Tensor]) -> None:
     with torch.inference_mode():
         model.eval()(images)
 
 
-def step(model: tokenfusion.FusedNetwork, images: dict[str, Tensor]) -> None:
+def step(model: Model, images: dict[str, Tensor]) -> None:
     model.train().zero_grad()
     loss(model, images).backward()
 
 
-def training_bytes(model: tokenfusion.FusedNetwork, images: dict[str, Tensor]) -> int:
+def training_bytes(model: Model, images: dict[str, Tensor]) -> int:
     model.train().zero_grad()
     parameters = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     kept: dict[int, Tensor] = {}
@@ -73,7 +86,7 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def race(run: Callable[..., None], models: dict[str, tokenfusion.FusedNetwork], images, rounds: int) -> dict[str, list]:
+def race(run: Callable[..., None], models: dict[str, Model], images, rounds: int) -> dict[str, list]:
     """Seconds of every round, after one that is not counted."""
     device = next(iter(images.values())).device
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -102,7 +115,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, timm {timm.__version__}, batch {arguments.batch}, goal {GOAL}")
     print(f"{'network':32} {'':14} {'forward':>16} {'training step':>16} {'training memory':>20}")
     for network in arguments.networks:
-        models = {name: build(network, fuser).to(arguments.device) for name, fuser in CONTESTANTS.items()}
+        models = {name: model.to(arguments.device) for name, model in contestants(network).items()}
         images = {name: torch.randn(arguments.batch, 3, 224, 224, device=arguments.device) for name in MODALITIES}
         ahead = race(forward, models, images, arguments.rounds)
         steps = race(step, models, images, arguments.rounds)

@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fuse as benchmark
 
 
-@pytest.fixture(scope="module")
-def models() -> dict:
-    return {name: benchmark.build("vit_small_patch16_224", fuser) for name, fuser in benchmark.CONTESTANTS.items()}
+@pytest.fixture(scope="module", params=["vit_small_patch16_224", benchmark.PAIR], ids=["one network", "two networks"])
+def models(request: pytest.FixtureRequest) -> dict:
+    return benchmark.contestants(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -292,6 +292,7 @@ def test_projection_net_is_three_layers_with_relu(shake) -> None:
     first, second, third = (net[i] for i in (0, 2, 4))
     torch.testing.assert_close(net(x), third(second(first(x).relu()).relu()))
     assert [tuple(layer.weight.shape) for layer in (first, second, third)] == [(6, 6), (6, 6), (4, 6)]
+    assert [tuple(layer.weight.shape) for layer in projection_net(6, 4, 2)[::2]] == [(2, 6), (2, 2), (4, 2)]
 
 
 @pytest.mark.parametrize(
@@ -326,10 +327,11 @@ def test_impossible_depths_are_named(depths: tuple[int, int]) -> None:
         pair_layers(*depths)
 
 
-def test_the_projection_net_keeps_the_spread_of_its_input() -> None:
+@pytest.mark.parametrize("hidden", [None, 24])
+def test_the_projection_net_keeps_the_spread_of_its_input(hidden: int | None) -> None:
     torch.manual_seed(0)
     x = 0.4 * torch.randn(2000, 96) + 0.3
-    made = projection_net(96, 288)(x)
+    made = projection_net(96, 288, hidden)(x)
     assert 0.5 < made.std(0).mean() / x.std(0).mean() < 1.5
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +49,11 @@ class Bridge(nn.Module):
         self.register_buffer("index", index if isinstance(index, Tensor) else None, persistent=False)
         self.find = None if isinstance(index, Tensor) else index
         self.is_identity = receiver.dim == giver.dim and receiver.grid == giver.grid and not mlp
-        nets = [nn.Identity() if self.is_identity else projection_net(giver.dim, receiver.dim) for _ in range(steps)]
+        hidden = max(
+            giver.dim // 4, 1
+        )  # at the released code's whole width h costs as much as scores and exchange together
+        make = nn.Identity if self.is_identity else partial(projection_net, giver.dim, receiver.dim, hidden)
+        nets = [make() for _ in range(steps)]
         self.nets = nn.ModuleList(nets)
 
     def _check(self, index: Tensor, batch: int | None, tokens: int) -> None:

@@ -155,21 +155,20 @@ def scatter_mean(tokens: Tensor, index: Tensor, visible: Tensor, patches: int) -
     return mean.view(batch, views, patches, -1), (count > 0).view(batch, views, patches)
 
 
-def projection_net(dim_in: int, dim_out: int) -> nn.Sequential:
+def projection_net(dim_in: int, dim_out: int, hidden: int | None = None) -> nn.Sequential:
     """The shallow MLP h between streams of different kinds (Eq. 2): three linear layers with ReLU between, as released.
+
+    ``hidden`` is the width between them, that of the input as released.
 
     It starts as one that keeps the spread of its input. PyTorch's own start shrinks it twentyfold, and what tells one stand-in
     from another would drown in the positions that are added to all of them.
     """
-    net = nn.Sequential(
-        *(nn.Linear(dim_in, dim_in), nn.ReLU()),
-        *(nn.Linear(dim_in, dim_in), nn.ReLU()),
-        nn.Linear(dim_in, dim_out),
-    )
-    for layer, gain in zip(net[::2], (2.0, 2.0, 1.0), strict=True):
-        nn.init.normal_(layer.weight, std=(gain / dim_in) ** 0.5)  # type: ignore[arg-type]
-        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-    return net
+    hidden = hidden or dim_in
+    linears = nn.Linear(dim_in, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, dim_out)
+    for layer, gain in zip(linears, (2.0, 2.0, 1.0), strict=True):
+        nn.init.normal_(layer.weight, std=(gain / layer.in_features) ** 0.5)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(linears[0], nn.ReLU(), linears[1], nn.ReLU(), linears[2])
 
 
 def pair_layers(image_depth: int, point_depth: int) -> tuple[range, ...]:
