@@ -35,11 +35,9 @@ Model = tokenfusion.FusedNetwork | tokenfusion.FusedStreams
 def build(network: str, fuser: str) -> Model:
     torch.manual_seed(0)
     own = [timm.create_model(name) for name in network.split("+")]
-    return (
-        tokenfusion.fuse(dict(zip(MODALITIES, own)), fuser=fuser)
-        if own[1:]
-        else tokenfusion.fuse(*own, MODALITIES, fuser)
-    )
+    if own[1:]:
+        return tokenfusion.fuse(dict(zip(MODALITIES, own, strict=True)), fuser=fuser)
+    return tokenfusion.fuse(own[0], MODALITIES, fuser)
 
 
 def contestants(network: str) -> dict[str, Model]:
