@@ -9,7 +9,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -19,9 +19,10 @@ from timm.models import _registry
 from torch import nn
 
 from tokenfusion import UserError
-from tokenfusion.backbones.foreign import example_of, position_of
+from tokenfusion.backbones.foreign import answer_of, call, example_of, position_of
 from tokenfusion.backbones.hub import FusedNetwork
 from tokenfusion.backbones.misfit import misfit
+from tokenfusion.backbones.plan import BlockPlan
 from tokenfusion.backbones.survey import survey
 from tokenfusion.fusion import Bottleneck, ChannelExchange, Concat, Fuser, NoFusion, TokenFusion
 
@@ -189,8 +190,11 @@ def row(name: str, network: nn.Module, example: torch.Tensor) -> tuple[str, ...]
     Raises:
         UserError: of one that cannot.
     """
-    model = FusedNetwork(network, ["a", "b"], NoFusion, example)
-    seen, plans = model.survey, model.survey.blocks
+    seen = survey(network, example, lambda x: answer_of(call(network, x)[1], len(x)))
+    plans = seen.blocks
+    blocks = [network.get_submodule(plan.name) for plan in plans]
+    fits = [fit(plans, blocks, make) for make in FITTED]  # before fusing: private norms want rows of all streams
+    FusedNetwork(network, ["a", "b"], NoFusion, example)
     position = position_of(network, plans)
     maps = list(dict.fromkeys("x".join(map(str, plan.grid)) if plan.grid else "not by row" for plan in plans))
     return (
@@ -199,20 +203,24 @@ def row(name: str, network: nn.Module, example: torch.Tensor) -> tuple[str, ...]
         str(plans[-1].stage + 1),
         ", ".join(map(str, sorted({plan.prefix for plan in plans}))),
         maps[0] if len(maps) == 1 else f"{maps[0]} to {maps[-1]}",
-        fit(model, lambda dim: TokenFusion(dim, 2, rule="paper")),
-        fit(model, lambda dim: Concat(dim, 2)),
-        fit(model, lambda dim: Bottleneck(dim, 2)),
-        fit(model, lambda dim: ChannelExchange(dim, 2)),
+        *fits,
         f"`{position.name}`" if position is not None else "",
         f"`{seen.stem}`" if seen.stem is not None else "",
         "; ".join(f"{n}: {why}" for why, n in Counter(seen.skipped.values()).items()),
     )
 
 
-def fit(model: FusedNetwork, fuser: Callable[[int], Fuser]) -> str:
+FITTED: list[Callable[[int], Fuser]] = [
+    lambda dim: TokenFusion(dim, 2, rule="paper"),
+    lambda dim: Concat(dim, 2),
+    lambda dim: Bottleneck(dim, 2),
+    lambda dim: ChannelExchange(dim, 2),
+]
+
+
+def fit(plans: Sequence[BlockPlan], blocks: Sequence[nn.Module], fuser: Callable[[int], Fuser]) -> str:
     """Whether a fuser fits the blocks; of those that it does not fit, how many and why."""
-    blocks = [model.network.get_submodule(plan.name).block for plan in model.survey.blocks]
-    reasons = [misfit(fuser(p.dim), p, block) for p, block in zip(model.survey.blocks, blocks, strict=True)]
+    reasons = [misfit(fuser(plan.dim), plan, block) for plan, block in zip(plans, blocks, strict=True)]
     why = Counter(re.split(r" \(|, where|, which", reason)[0] for reason in reasons if reason)
     told = "; ".join(f"{n if len(why) > 1 or n < len(blocks) else 'no'}: {reason}" for reason, n in why.items())
     return told or "yes"

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PAGE = Path(__file__).parents[1] / "docs" / "fuse.md"
 
 
 def test_the_page_runs_and_prints_what_it_says(tmp_path: Path) -> None:
+    pytest.importorskip("peft")  # "With peft"
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     lines = "\n".join(blocks).splitlines()
     told = [line.split("  # ", 1)[1] for line in lines if line.startswith("print(") and "  # " in line]

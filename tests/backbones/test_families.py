@@ -13,7 +13,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import foreign_rules as rules
-from families import OTHERS, TRANSFORMERS, Small, build, family_of, network_of, row
+from families import HEADER, OTHERS, TRANSFORMERS, Small, build, family_of, hugging_face, network_of, row
 
 from tokenfusion import UserError
 from tokenfusion.backbones.foreign import call
@@ -151,6 +151,30 @@ PAGE = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="
 def test_the_page_says_what_is_found(family: str) -> None:
     cells = row(TRANSFORMERS[family].name, *network_of(family))
     assert "| " + " | ".join((family, *cells)) + " |" in PAGE.splitlines()
+
+
+def cells(name: str) -> dict[str, str]:
+    """A family's row by column; without a family, as Hugging Face's rows have none, the row of a network."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if line.startswith("| ")
+    ]
+    found = next(row[-len(HEADER) :] for row in rows if row[0] == name)
+    return dict(zip(HEADER, found, strict=True))
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_the_page_says_who_takes_unions_and_bottleneck_tokens(family: str) -> None:
+    told = cells(family)
+    assert (told["concat"] == "yes") == (family in UNITED)
+    assert (told["bottleneck"] == "yes") == (family in JOINED)
+
+
+@pytest.mark.parametrize("name", ["ViT", "DeiT", "Dinov2", "Beit", "CLIPVision", "AST", "DINOv3ViT"])
+def test_the_page_says_who_of_hugging_face_does(name: str) -> None:
+    network, example = hugging_face(name)
+    told = cells(f"`{name}Model`")
+    assert (told["concat"] == "yes") == rules.union_of_equal_streams_is_one(rules.shaken(network), example)
+    assert (told["bottleneck"] == "yes") == rules.bottleneck_tokens_join_in(network, example)
 
 
 def test_the_page_lists_every_family() -> None:

@@ -336,6 +336,15 @@ def test_a_network_that_sees_no_images_is_told() -> None:
         tokenfusion.fuse(transformers.BertModel(config), ["a", "b"])
 
 
+def test_a_fused_network_is_set_to_another_size() -> None:
+    sizes = {"embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4}
+    network = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, num_classes=5, **sizes)
+    model = tokenfusion.fuse(network, ["a", "b"], THETA).eval()
+    model.network.set_input_size(img_size=(96, 64))
+    out = model({name: torch.randn(1, 3, 96, 64) for name in ("a", "b")})
+    assert [tuple(scores.shape) for scores in out.scores] == [(2, 1, 24 * 16), (2, 1, 12 * 8)]
+
+
 def test_wrong_inputs_are_told() -> None:
     model = tokenfusion.fuse(vit(), ["a", "b"], THETA).eval()
     x = images("a", "b")
@@ -345,6 +354,12 @@ def test_wrong_inputs_are_told() -> None:
         model(x["a"])
     with pytest.raises(ValueError, match=r'takes 3 channels; for others: fuse\(network, \{"a": 1, "b": 1\}\)'):
         model({name: image[:, :1] for name, image in x.items()})
+    told = r'b is \[2, 1, 48, 48\], the network takes 3 channels; for others: fuse\(network, \{"a": 3, "b": 1\}\)'
+    for given in ({**x, "b": x["b"][:, :1]}, {"b": x["b"][:, :1]}):
+        with pytest.raises(ValueError, match=told):
+            model(given)
+    with pytest.raises(ValueError, match=r"b must be \[2, 3, 48, 48\], as the modalities are aligned"):
+        model({**x, "b": x["b"][..., :32]})
     for present in ([[True, True], [True, False]], {"a": True}):
         with pytest.raises(ValueError, match="present must be bool"):
             model(x, present)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch._dynamo
 from backbones import processes
 from torch import Tensor, nn
 
@@ -25,6 +26,8 @@ from tokenfusion.fusion.fusers import Fuser
 from tokenfusion.fusion.modality import PerModality
 
 THETA = {"_target_": "tokenfusion.fusion.TokenFusion", "threshold": 0.5}
+FUSE_PAGE = Path(__file__).parents[2] / "docs" / "fuse.md"
+ONCE = "skip_fwd_side_effects_in_bwd_under_checkpoint"
 WORDS = {**FUSERS, "tokenfusion": THETA, "tokenfusion-paper": {**THETA, "rule": "paper"}}
 
 
@@ -168,6 +171,19 @@ def test_recomputing_blocks_saves_memory_and_changes_nothing(fused, word: str) -
     model.set_grad_checkpointing()
     torch.testing.assert_close(step(model), plain, rtol=0, atol=0)
     assert saved_bytes(model) < 0.5 * much
+
+
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, ONCE), reason="torch cannot be told to leave side effects out")
+@pytest.mark.parametrize("word", ["tokenfusion", "tokenfusion-paper"])
+def test_recomputed_blocks_compile_as_one_graph(fused, word: str) -> None:
+    assert f"torch._dynamo.config.{ONCE} = True" in FUSE_PAGE.read_text(encoding="utf-8")
+    model = fused(WORDS[word])
+    plain = step(model)
+    model.set_grad_checkpointing()
+    torch.compiler.reset()
+    with torch._dynamo.config.patch({ONCE: True}):
+        traced = step(model, torch.compile(model, fullgraph=True, backend="aot_eager"))
+    torch.testing.assert_close(traced, plain)
 
 
 @pytest.mark.parametrize("kind", ["shared", "separate"])

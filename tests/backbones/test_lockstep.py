@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
+import torch._dynamo
 import transformers
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from tokenfusion.fusion.projection import camera_index, grid_index, time_index
 SMALL = {"num_attention_heads": 2, "intermediate_size": 64, "num_labels": 5}
 EVERYTHING = {"_target_": "tokenfusion.fusion.crossing.TokenExchange", "threshold": 1.0}
 HALF = {"_target_": "tokenfusion.fusion.crossing.TokenExchange", "threshold": 0.5}
+ONCE = "skip_fwd_side_effects_in_bwd_under_checkpoint"
 ALL, NONE = torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)
 
 
@@ -432,6 +434,29 @@ def test_it_exports() -> None:
     torch.testing.assert_close(exported(x).ensemble, model(x).ensemble)
 
 
+@pytest.mark.parametrize(("fuser", "traced"), [("none", 2), (HALF, 2), (HALF, 3)])
+def test_it_exports_for_any_batch(fuser: object, traced: int) -> None:
+    model = tokenfusion.fuse({"rgb": vit(), "depth": vit(48)}, fuser=fuser).eval()
+    some, batch = drawn(traced, 3, 48, 48), torch.export.Dim("batch", min=2, max=8)
+    shapes = ({"rgb": {0: batch}, "depth": {0: batch}},)
+    exported = torch.export.export(model, ({"rgb": some, "depth": some.clone()},), dynamic_shapes=shapes).module()
+    other = {"rgb": drawn(5, 3, 48, 48), "depth": drawn(5, 3, 48, 48, seed=2)}
+    torch.testing.assert_close(exported(other).ensemble, model(other).ensemble)
+
+
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, ONCE), reason="torch cannot be told to leave side effects out")
+def test_recomputed_blocks_compile_as_one_graph() -> None:
+    model = tokenfusion.fuse({"rgb": vit(), "depth": vit(48, 3)}, fuser=HALF).train()
+    model.set_grad_checkpointing()
+    trained(model, model(pictures())).backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    torch.compiler.reset()
+    with torch._dynamo.config.patch({ONCE: True}):
+        trained(model, torch.compile(model, fullgraph=True, backend="aot_eager")(pictures())).backward()
+    torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, plain)
+
+
 # ---- mistakes --------------------------------------------------------------------------------------------------------------
 
 
@@ -558,6 +583,10 @@ def test_wrong_inputs_and_names_are_told() -> None:
     for wrong in (None, x["depth"].numpy()):
         with pytest.raises(ValueError, match="depth must be a tensor"):
             model({**x, "depth": wrong})
+    with pytest.raises(ValueError, match=r"depth is \[2, 1, 48, 48\], its VisionTransformer takes 3 channels"):
+        model({**x, "depth": x["depth"][:, :1]})
+    with pytest.raises(ValueError, match="depth has 1 samples, rgb has 2"):
+        model({**x, "depth": x["depth"][:1]})
     with pytest.raises(ValueError, match="wanted inputs by name, .* got Tensor"):
         model(x["rgb"])
     with pytest.raises(tokenfusion.UserError, match="'keys' cannot name a modality"):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -42,6 +46,52 @@ def test_further_arguments_reach_every_copy() -> None:
             return x + by
 
     assert torch.equal(PerModality(Shift(), 2)(torch.zeros(4, 1), 3.0), torch.full((4, 1), 3.0))
+
+
+def test_it_is_a_list_of_its_copies_that_answers_for_the_first() -> None:
+    private = PerModality(nn.LayerNorm(4), 3)
+    assert list(private.state_dict()) == [f"{m}.{name}" for m in range(3) for name in ("weight", "bias")]
+    assert not isinstance(private, nn.ModuleList), "peft wraps no lists"
+    assert [*private] == [private[m] for m in range(len(private))]
+    assert private[-1] is private[2]
+    assert private.weight is private[0].weight
+    assert private.normalized_shape == (4,)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        private.nothing  # noqa: B018
+    with pytest.raises(AttributeError):
+        PerModality.__new__(PerModality).weight  # noqa: B018
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copies_of_private_copies_are_their_own(way: Callable[[nn.Module], nn.Module]) -> None:
+    network = make_private(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), 2, (nn.LayerNorm,)).eval()
+    other = way(network)
+    x = torch.randn(6, 4)
+    assert torch.equal(other(x), network(x))
+    assert not other[1].training
+    nn.init.zeros_(other[1][0].weight)
+    assert network[1].weight.abs().sum() > 0
+
+
+class Holder(nn.Module):
+    """Hears what its norm gives, as a fused block does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.heard = PerModality(nn.LayerNorm(4), 2), 0
+        self.norm.register_forward_hook(self.hear)
+
+    def hear(self, module: nn.Module, args: object, output: torch.Tensor) -> None:
+        self.heard += 1
+
+
+def test_a_layer_copied_alone_is_heard_by_who_holds_the_original() -> None:
+    holder, x = Holder(), torch.randn(4, 4)
+    copy.deepcopy(holder.norm)(x)
+    assert holder.heard == 1
+    other = copy.deepcopy(holder)
+    other.norm(x)
+    assert (holder.heard, other.heard) == (1, 2)
 
 
 def test_make_private_replaces_the_given_kinds_at_every_depth_and_nothing_else() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenfusion import api
+from tokenfusion.components import FUSERS
 from tokenfusion.errors import UserError
 from tokenfusion.fusion import sparsity_loss
 from tokenfusion.recipe import read_recipe
@@ -43,6 +44,17 @@ def test_without_a_target_it_is_the_l1_norm_of_all_scores(reduction: str) -> Non
     torch.testing.assert_close(got, 0.1 * sparsity_loss(scores, reduction))
     assert sparsity.watch() == {}
     assert sparsity.state_dict() == {}
+
+
+@pytest.mark.parametrize("fuser", sorted(FUSERS))
+def test_a_missing_input_is_taught_nothing(fuser: str) -> None:
+    """Statistics of a batch tie its samples together, and each norm of an empty stream lifts a gradient a thousandfold."""
+    torch.manual_seed(0)
+    model, _ = segmenter(f"fuser={fuser}")
+    output = model.train()(INPUTS, torch.tensor([[True, False], [True, True]]))
+    (output.logits["rgb"][0].square().mean() + output.logits["depth"].square().mean()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert max(p.grad.abs().max() for p in model.parameters() if p.grad is not None) > 0
 
 
 def test_nothing_to_press() -> None:

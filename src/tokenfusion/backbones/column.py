@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
-from tokenfusion.backbones.foreign import Position, answer_of, call, position_of
+from tokenfusion.backbones.foreign import Position, answer_of, call, kind_of, position_of
 from tokenfusion.backbones.held import Door, FusedBlock, Step, grid_at, hold_blocks
 from tokenfusion.backbones.survey import evaluating, first_tensor, survey
 from tokenfusion.errors import UserError
@@ -115,7 +115,10 @@ class Column:
     def __init__(self, name: str, network: nn.Module, example: Tensor, alignment: bool) -> None:
         self.name, self.example, self.kind = name, example[:1], type(network).__name__
         self.example_size = example.shape
-        plans = survey(network, example, lambda x: call(network, x)).blocks
+        seen = survey(network, example, lambda x: call(network, x))
+        plans = seen.blocks
+        is_image = example.dim() == 4 and (seen.stem is not None or kind_of(network) != "module")
+        self.channels = example.shape[1] if is_image else None
         for before, plan in itertools.pairwise(plans):
             if plan.stage:
                 width = f"width {before.dim} -> {plan.dim}" if plan.dim != before.dim else "its number of tokens"
@@ -149,6 +152,14 @@ class Column:
                         module._forward_pre_hooks_with_kwargs.pop(key, None)
             parent, _, name = place.plan.name.rpartition(".")
             setattr(network.get_submodule(parent), name, place.block)
+
+    def check_channels(self, x: Tensor) -> None:
+        """Raise a ValueError where an image has other channels than the network takes."""
+        if self.channels is not None and x.dim() == 4 and x.shape[1] != self.channels:
+            raise ValueError(
+                f"{self.name} is {list(x.shape)}, its {self.kind} takes {self.channels} channels; the stems of separate "
+                "networks are not adapted: give a network that is made for other channels"
+            )
 
     def _try_out(self, network: nn.Module, example: Tensor) -> torch.Size:
         """Compare the network in lockstep with itself; the shape of its answer."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenfusion.backbones.foreign import call, position_parameter, resampled_table
+from tokenfusion.backbones.foreign import call, kind_of, position_parameter, resampled_table
 from tokenfusion.backbones.fused import FusedBackbone, FusedFeatures
 from tokenfusion.backbones.held import grid_of_tokens
 from tokenfusion.backbones.hub import FusedNetwork, FuserFactory
@@ -111,8 +111,15 @@ class DenseBackbone(FusedNetwork):
         except (AssertionError, RuntimeError, ValueError) as error:
             size, reason = f"{x.shape[-2]}x{x.shape[-1]}", str(error).splitlines()[0][:120]
             raise UserError(
-                f"model.backbone: {type(self.network).__name__} takes no images of {size} pixels ({reason}); give it img_size="
+                f"model.backbone: {type(self.network).__name__} takes no images of {size} pixels ({reason}); {self._remedy()}"
             ) from None
+
+    def _remedy(self) -> str:
+        """What to do where a network takes images of one size only."""
+        kind, own = kind_of(self.network), "x".join(map(str, self.example_size[-2:]))
+        if kind == "timm":
+            return "give it img_size="
+        return f"wanted {own}, {'the image_size of its config.json' if kind == 'hf' else 'as its example has'}"
 
     def _size(self, shape: Sequence[int]) -> Grid:
         """The next multiples of the coarsest map's stride."""

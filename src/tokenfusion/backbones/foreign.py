@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -43,10 +44,25 @@ def call(network: nn.Module, x: Tensor) -> tuple[Any, Any]:
         features = network.forward_features(x)  # type: ignore[operator]
         return features, network.forward_head(features)  # type: ignore[operator]
     if kind == "hf":
-        output = network(**{str(network.main_input_name): x})
+        output = network(**{str(network.main_input_name): x}, **_resampling(network, x))
         return getattr(output, "last_hidden_state", None), output
     output = network(x)
     return output, output
+
+
+def _resampling(network: Any, x: Tensor) -> dict[str, bool]:
+    """What has a network of Hugging Face resample its positions, for images of another size than it is made for."""
+    asked, own = "interpolate_pos_encoding", _image_size(network.config)
+    is_other = x.dim() > 3 and own is not None and own != tuple(x.shape[-2:])
+    return {asked: True} if is_other and asked in inspect.signature(network.forward).parameters else {}
+
+
+def _image_size(config: Any) -> Grid | None:
+    """Rows and columns in pixels that a config of Hugging Face tells, if any."""
+    size = getattr(config, "image_size", None)
+    if isinstance(size, int):
+        return size, size
+    return (size[0], size[1]) if isinstance(size, list | tuple) and len(size) == 2 else None
 
 
 def _is_headless(network: nn.Module) -> bool:
@@ -127,7 +143,7 @@ def example_of(network: nn.Module) -> Tensor:
     """Two inputs of zeros, of the size that a network of timm or Hugging Face is made for, where and of what its weights are.
 
     Raises:
-        UserError: for other modules: give one yourself.
+        UserError: for other modules, and where the config does not tell its size: give one yourself.
     """
     kind = kind_of(network)
     some = weight_of(network)
@@ -141,9 +157,14 @@ def example_of(network: nn.Module) -> Tensor:
     if kind == "hf":
         config: Any = network.config
         if network.main_input_name == "input_values":  # spectrograms: time, frequencies
-            return some.new_zeros(2, config.max_length, config.num_mel_bins)
-        size = getattr(config, "image_size", 224)
-        rows, columns = (size, size) if isinstance(size, int) else size
+            length, bins = getattr(config, "max_length", None), getattr(config, "num_mel_bins", None)
+            if length is None or bins is None:
+                raise UserError(
+                    f"{type(network).__name__}: its config does not tell the size of its input_values; give fuse() an "
+                    "example= input [B, ...]"
+                )
+            return some.new_zeros(2, length, bins)
+        rows, columns = _image_size(config) or (224, 224)
         return some.new_zeros(2, getattr(config, "num_channels", 3), rows, columns)
     raise UserError(f"{type(network).__name__} is not of timm or Hugging Face: give fuse() an example= input [B, ...]")
 

@@ -179,14 +179,14 @@ class FusedNetwork(FusedModel):
         using = [plan for index, plan in enumerate(self.survey.blocks) if self.fuser_of(index).uses_scales]
         blocks = [cast("FusedBlock", self.network.get_submodule(plan.name)).block for plan in using]
         norms = [block.get_submodule(cast("str", plan.parts.norm)) for plan, block in zip(using, blocks, strict=True)]
-        return [scales_of(norm, len(self.modalities)) for norm in norms]
+        return [scales_of(_in_use(norm), len(self.modalities)) for norm in norms]
 
     def freeze(self, private: bool = False) -> None:
         """Keep the network's weights, its own first convolution too.
 
-        Its private norms and the stems that were adapted go on learning unless ``private`` is true.
+        Its private norms and the stems that were adapted go on learning unless ``private`` is true, peft's LoRA always.
         """
-        self.network.requires_grad_(False)
+        keep_weights(self.network)
         for module in self.network.modules():
             learning = module.adapted() if isinstance(module, Stems) else [module]
             is_private = isinstance(module, PerModality | Stems) and (
@@ -200,17 +200,26 @@ class FusedNetwork(FusedModel):
         check_names(self.modalities, inputs)
         check_tensors(inputs, 2)
         some = next(iter(inputs.values()))
-        channels = max(self.channels) if self.channels else max(x.shape[1] for x in inputs.values())
-        if not self.channels and len(self.example_size) == some.dim() == 4 and channels != self.example_size[1]:
-            given = ", ".join(f'"{name}": {x.shape[1]}' for name, x in inputs.items())
-            raise ValueError(
-                f"the network takes {self.example_size[1]} channels; for others: fuse(network, {{{given}}})"
-            )
+        if self.channels is None:
+            self._check_undeclared(inputs)
+        channels = max(self.channels) if self.channels else some.shape[1]
         shape = (some.shape[0], channels, *some.shape[2:])
         padded = {name: self._padded(name, x, shape) for name, x in inputs.items()}
         streams = [padded[name] if name in padded else some.new_zeros(shape) for name in self.modalities]
         present = presence(self.modalities, inputs, present, shape[0], some.device)
         return merge(silenced(torch.stack(streams), present)), present
+
+    def _check_undeclared(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raise a ValueError where images have other channels than the network takes, and how many was not declared."""
+        own = self.example_size[1]
+        others = [name for name, x in inputs.items() if len(self.example_size) == x.dim() == 4 and x.shape[1] != own]
+        if others:
+            counts = {name: inputs[name].shape[1] if name in inputs else own for name in self.modalities}
+            told = ", ".join(f'"{name}": {n}' for name, n in counts.items())
+            raise ValueError(
+                f"{others[0]} is {list(inputs[others[0]].shape)}, the network takes {own} channels; "
+                f"for others: fuse(network, {{{told}}})"
+            )
 
     def _padded(self, name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         own = (shape[0], self.channels[self.modalities.index(name)] if self.channels else shape[1], *shape[2:])
@@ -270,6 +279,19 @@ class FusedNetwork(FusedModel):
         if self.position is None or place.index == 0 or plan.dim != self.survey.blocks[0].dim:
             return None
         return self.position.on(self.network, self.grid_of(plan, x, size), plan.prefix)
+
+
+def keep_weights(network: nn.Module) -> None:
+    """Ask no gradient of a network's weights; the LoRA that peft put into it stays as it is."""
+    for name, parameter in network.named_parameters():
+        if "lora_" not in name:
+            parameter.requires_grad_(False)
+
+
+def _in_use(layer: nn.Module) -> nn.Module:
+    """The copy of a layer that peft trains in its place, where it was told to (``modules_to_save``)."""
+    copies: Any = getattr(layer, "modules_to_save", None)
+    return layer if copies is None else cast("nn.Module", copies[layer.active_adapter])
 
 
 def _check_names(modalities: Sequence[str] | Mapping[str, int]) -> None:

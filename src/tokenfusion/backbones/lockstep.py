@@ -14,6 +14,7 @@ from tokenfusion.backbones.column import Column, Stream
 from tokenfusion.backbones.foreign import answer_of, example_of, weight_of
 from tokenfusion.backbones.fused_model import FusedModel, FusedOutput
 from tokenfusion.backbones.held import check_unfused
+from tokenfusion.backbones.hub import keep_weights
 from tokenfusion.backbones.survey import is_norm
 from tokenfusion.components import component_of
 from tokenfusion.errors import UserError
@@ -212,8 +213,8 @@ class FusedStreams(FusedModel):
         return rates
 
     def freeze(self, private: bool = False) -> None:
-        """Keep the networks' weights; their norms go on learning unless ``private`` is true."""
-        self.networks.requires_grad_(False)
+        """Keep the networks' weights; their norms go on learning unless ``private`` is true, peft's LoRA always."""
+        keep_weights(self.networks)
         for module in self.networks.modules():
             if not private and is_norm(module):
                 module.requires_grad_(True)
@@ -256,13 +257,15 @@ class FusedStreams(FusedModel):
             raise ValueError(f"inputs must be some of {', '.join(self.modalities)}; got {', '.join(inputs) or 'none'}")
         check_tensors(known)
         some = next(iter(known.values()))
+        batch = some.shape[0]
         for name, x in known.items():
-            if len(x) != len(some):
-                raise ValueError(f"{name} has {len(x)} samples, {next(iter(known))} has {len(some)}")
-        present = presence(self.modalities, inputs, present, len(some), some.device)
+            if x.shape[0] != batch:  # no len(): an export would take it for a constant
+                raise ValueError(f"{name} has {x.shape[0]} samples, {next(iter(known))} has {batch}")
+        present = presence(self.modalities, inputs, present, batch, some.device)
         given = []
         for m, column in enumerate(self.columns):
-            x = known[column.name] if column.name in known else self._zeros(column, len(some), some.device)
+            x = known[column.name] if column.name in known else self._zeros(column, batch, some.device)
+            column.check_channels(x)
             if present is not None:  # whatever a broken sensor sent, NaN too, goes no further
                 x = torch.where(present[m].view(-1, *[1] * (x.dim() - 1)), x, 0)
             given.append(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,7 @@ Sharing = Literal["default", "shared", "unshared"]
 
 
 class OwnLayer(PerModality):
-    """A layer that every stream has for itself; what a network asks it for (its dtype, its channels), the first copy says."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            first = self.__dict__.get("_modules", {}).get("0")
-            if first is None:
-                raise
-            return getattr(first, name)
+    """A layer that every stream has for itself."""
 
 
 def divide(network: nn.Module, modalities: int, sharing: Sharing, norms: Kinds) -> None:

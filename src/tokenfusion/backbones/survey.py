@@ -34,7 +34,7 @@ class _Call:
     is_alone: bool = True  # no tensor and no size beside the first argument
     pair: Grid | None = None  # two whole numbers among the arguments: rows and columns
     children: list[_Call] = field(default_factory=list)
-    tokens: Tensor | None = None  # what it was given, of the first block and where its shape has two readings
+    tokens: Tensor | None = None  # what it was given, where its shape is a new one or has two readings
     maps: list[Grid] = field(default_factory=list)  # rows and columns that convolutions outside blocks gave before
 
 
@@ -116,7 +116,10 @@ def _watched(
             call = _Call(name, None if x is None else x.shape, None, _is_nothing(more), _pair(more))
             if into is not None:
                 is_either = x is not None and x.dim() == 4 and x.shape[1] == x.shape[3]
-                call.tokens, call.maps = x if is_either or not into else None, list(maps)
+                is_new = not into or into[-1].given != call.given
+                if x is not None and (is_either or is_new):
+                    call.tokens = x.clone()  # a block may write to its own
+                call.maps = list(maps)
                 into.append(call)
             elif open_calls:
                 open_calls[-1].children.append(call)
@@ -178,13 +181,42 @@ def survey(network: nn.Module, example: Any, run: Any) -> Survey:
     Raises:
         UserError: where no block can be fused; the first reason is told.
     """
-    example = halved(example)
-    blocks, calls, stems = candidates(network), [], []  # type: dict[str, nn.Module], list[_Call], list[_Call]
-    kind = type(network).__name__
+    blocks, kind = candidates(network), type(network).__name__
     if not blocks:
-        raise UserError(
-            f"{kind} has no transformer blocks (no module with an attention and an MLP); wanted a transformer"
-        )
+        raise UserError(f"{kind} has no transformer blocks ({_nearest(network)}); wanted a transformer")
+    shown = noisy(example)
+    try:
+        calls, stems = _seen(network, blocks, shown, run)
+    except UserError:
+        if shown is example:
+            raise
+        shown = example  # its numbers are not any numbers: some choose a row of a table
+        calls, stems = _seen(network, blocks, shown, run)
+    plans, skipped = _plans(network, blocks, calls, shown.shape, shown is not example)
+    if not plans:
+        name, reason = next(iter(skipped.items()))
+        raise UserError(f"{kind} cannot be fused: block {name} ({type(blocks[name]).__name__}) {reason}")
+    see_it = [call for call in stems if call.given is not None and call.given[:2] == shown.shape[:2]]
+    stem = see_it[0].name if len(see_it) == 1 and see_it[0].given == shown.shape else None
+    return Survey(plans, skipped, stem)
+
+
+def _nearest(network: nn.Module) -> str:
+    """What a network without blocks has in their place."""
+    for name, module in network.named_modules():
+        attention = _child(module, ATTENTION)
+        if name and attention:
+            return (
+                f"{name}, of class {type(module).__name__}, has an attention, {attention[0]}, but no MLP: no child whose "
+                "name or class says mlp, ffn, feed_forward or intermediate"
+            )
+    return "no module with an attention and an MLP"
+
+
+def _seen(network: nn.Module, blocks: dict[str, nn.Module], example: Any, run: Any) -> tuple[list[_Call], list[_Call]]:
+    """The calls of the blocks and of the convolutions outside them, in the order of a forward pass."""
+    calls: list[_Call] = []
+    stems: list[_Call] = []
     with evaluating(network), torch.no_grad(), _watched(network, blocks, calls, stems):
         try:
             run(example)
@@ -193,40 +225,43 @@ def survey(network: nn.Module, example: Any, run: Any) -> Survey:
         except Exception as error:  # whatever a foreign module raises
             given = list(example.shape) if isinstance(example, Tensor) else type(example).__name__
             told = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            raise UserError(f"{kind} does not run on an example of {given} ({told[0]}); give example=") from error
-    plans, skipped = _plans(network, blocks, calls, example.shape)
-    if not plans:
-        name, reason = next(iter(skipped.items()))
-        raise UserError(f"{kind} cannot be fused: block {name} ({type(blocks[name]).__name__}) {reason}")
-    see_it = [call for call in stems if call.given is not None and call.given[:2] == example.shape[:2]]
-    stem = see_it[0].name if len(see_it) == 1 and see_it[0].given == example.shape else None
-    return Survey(plans, skipped, stem)
+            raise UserError(
+                f"{type(network).__name__} does not run on an example of {given} ({told[0]}); give example="
+            ) from error
+    return calls, stems
 
 
-def halved(example: Any) -> Any:
-    """Images that tell where a token looks: noise, the same with other noise in its left half, and in its upper half.
+def noisy(example: Any) -> Any:
+    """Inputs that tell where a token looks, and which tokens look nowhere: noise, in every sample other noise.
 
-    Inputs that are no images stay as they are.
+    Of images four: noise, the same with other noise in its left half, in its upper half, and all over. Whole numbers stay as
+    they are.
     """
-    if not isinstance(example, Tensor) or example.dim() != 4 or not example.is_floating_point():
+    if not isinstance(example, Tensor) or not example.dim() or not example.is_floating_point():
         return example
-    some, other = torch.randn((2, *example.shape[1:]), generator=torch.Generator().manual_seed(0)).to(example)
-    rows = example[0] + torch.stack([some, some, some])
+    generator = torch.Generator().manual_seed(0)
+    if example.dim() != 4:
+        return example[0] + torch.randn((max(4, len(example)), *example.shape[1:]), generator=generator).to(example)
+    some, other = torch.randn((2, *example.shape[1:]), generator=generator).to(example)
+    rows = example[0] + torch.stack([some, some, some, other])
     rows[1, :, :, : example.shape[3] // 2] = other[:, :, : example.shape[3] // 2]
     rows[2, :, : example.shape[2] // 2] = other[:, : example.shape[2] // 2]
     return rows
 
 
 def _plans(
-    network: nn.Module, blocks: dict[str, nn.Module], calls: list[_Call], example: torch.Size
+    network: nn.Module, blocks: dict[str, nn.Module], calls: list[_Call], example: torch.Size, is_noise: bool
 ) -> tuple[list[BlockPlan], dict[str, str]]:
-    """Plans of the blocks that were called, in that order; the reasons of those that cannot be fused."""
+    """Plans of the blocks that were called, in that order; the reasons of those that cannot be fused.
+
+    ``is_noise``: no two samples of the example have anything in common.
+    """
     plans: list[BlockPlan] = []
     called = [call.name for call in calls]
     skipped = {name: "is not run in the forward pass" for name in blocks if name not in called}
     suffix = getattr(getattr(network, "config", None), "num_detection_tokens", 0)
-    told = getattr(network, "num_prefix_tokens", 0)  # timm
-    seen: dict[int, tuple[Grid | None, int]] = {}  # by number of tokens: the map, the tokens beside it
+    told = getattr(network, "num_prefix_tokens", None)  # timm
+    seen: dict[int, tuple[Grid | None, int, int]] = {}  # by number of tokens: the map, the tokens beside it, behind it
     last = None  # width and number of tokens of the block before
     for call in calls:
         if called.count(call.name) > 1:
@@ -241,8 +276,11 @@ def _plans(
         if parts.order == "tokens":
             tokens = call.given[1]
             if tokens not in seen:
-                seen[tokens] = _map(call, [beside for _, beside in seen.values()], told, example)
-            grid, prefix = seen[tokens]
+                before, behind = _still(call, suffix) if is_noise else (0, 0)
+                usual = [beside for _, beside, _ in seen.values()]
+                grid, prefix = _map(call, usual, told, before + behind, example)
+                seen[tokens] = grid, prefix, suffix + (behind if before + behind <= prefix else 0)
+            grid, prefix, suffix = seen[tokens]
         size = (parts.dim, call.given[1:].numel())
         stage = plans[-1].stage + (size != last) if plans else 0
         last = size
@@ -265,7 +303,10 @@ def _parts(block: nn.Module, call: _Call, batch: int) -> Parts | str:
     if len(attentions) != 1:
         return f"has {len(attentions)} attentions in a row ({', '.join(attentions) or 'none is called'}); wanted one"
     at = names.index(attentions[0])
-    if any(name in _child(block, MLP) for name in names[:at]):
+    before = [name for name in names[:at] if name in _child(block, MLP)]
+    if before and isinstance(block.get_submodule(attentions[0]), nn.Linear):
+        return f"has its attention and its MLP in pieces ({attentions[0]}, {before[0]}), as parallel blocks do"
+    if before:
         return "has its MLP before its attention"
     dim = _width(block, call.given)
     order = _order_of(call, dim)
@@ -304,7 +345,7 @@ def _order_of(call: _Call, dim: int) -> Order:
     """Order of a block's input; where a map is as wide as its channels are many, the noise in halves of the image tells."""
     given = cast("torch.Size", call.given)
     is_either = len(given) == 4 and given[1] == given[3] == dim
-    if not is_either or call.tokens is None or given[0] != 3:
+    if not is_either or call.tokens is None or given[0] != 4:
         return cast("Order", _order(given, dim))
     moved = _moved(call.tokens)
     return "first" if _by_row(moved.sum(1)) > _by_row(moved.sum(3)) else "last"
@@ -316,23 +357,36 @@ def _order(shape: torch.Size, dim: int) -> Order | None:
     return "first" if len(shape) == 4 and shape[1] == dim else None
 
 
-def _map(call: _Call, prefixes: list[int], told: int, example: torch.Size) -> tuple[Grid | None, int]:
+def _still(call: _Call, suffix: int) -> tuple[int, int]:
+    """How many tokens before the others, and behind them, are the same whatever the input is; zeros where all are."""
+    if call.tokens is None:
+        return 0, 0
+    moved = _moved(Layout("tokens", suffix).tokens(call.tokens)).sum(-1).amax(0)
+    moving = (moved > 1e-8 * moved.max()).nonzero().flatten().tolist()
+    return (moving[0], len(moved) - 1 - moving[-1]) if moving else (0, 0)
+
+
+def _map(
+    call: _Call, prefixes: list[int], told: int | None, still: int, example: torch.Size
+) -> tuple[Grid | None, int]:
     """Rows and columns of the map among the tokens, and the number of tokens beside it.
 
-    Told by the block's arguments, else by the convolutions before it, else by the input's proportions.
+    Told by the block's arguments, else by the convolutions before it, else by the input's proportions. Tokens that stand
+    still whatever the input is are none of the map's, unless the network itself says so.
     """
     assert call.given is not None
     tokens = call.given[1]
-    usual = [*reversed(prefixes), told, 0]  # tokens beside the map: as in earlier blocks, as the network says
+    usual = [*reversed(prefixes), told or 0, still, 0]  # beside the map: as in earlier blocks, as the network says
+    usual = [beside for beside in usual if beside >= still or beside == told]
     maps = [call.pair] if call.pair is not None else []
     maps += sorted(set(call.maps), key=math.prod, reverse=True)
     for grid in maps:
         if tokens - math.prod(grid) in usual:
             return grid, tokens - math.prod(grid)
-    if (prefixes or told) and (found := _in_proportion(tokens, usual, example)):
+    if (prefixes or told or still) and (found := _in_proportion(tokens, usual, example)):
         return found
     for grid in maps:
-        if 1 < math.prod(grid) <= tokens:
+        if 1 < math.prod(grid) <= tokens - still:
             return grid, tokens - math.prod(grid)
     return _in_proportion(tokens, usual, example) or (None, usual[0])
 
@@ -364,7 +418,7 @@ def _is_raster(plan: BlockPlan, call: _Call, example: torch.Size) -> bool:
 
 
 def _moved(tokens: Tensor) -> Tensor:
-    """By how much noise in the left half of an image, and in its upper half, changed the tokens, squared."""
+    """By how much other noise in an image's left half, in its upper half, and all over changed the tokens, squared."""
     return (tokens[1:] - tokens[:1]).float().square()
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,11 +67,21 @@ def silenced(x: Tensor, present: Tensor | None) -> Tensor:
     return x if present is None else torch.where(present.view(*present.shape, *[1] * (x.dim() - 2)), x, 0)
 
 
-class PerModality(nn.ModuleList):
-    """One copy of a module per modality, called on the merged stack ``[M*B, ...]``.
+def untaught(x: Tensor, present: Tensor | None) -> Tensor:
+    """``[M, B, ...]`` through which no gradient flows back where a modality is missing.
+
+    Nobody asks for its answer, but the statistics of a batch hand every sample a share of the others' gradient. Through the
+    norms of a stream that is empty it would grow a thousandfold each.
+    """
+    return x if present is None else torch.where(present.view(*present.shape, *[1] * (x.dim() - 2)), x, x.detach())
+
+
+class PerModality(nn.Module):
+    """One copy of a module per modality, called on the merged stack ``[M*B, ...]``; elsewhere it is a list of its copies.
 
     The paper shares attention and MLP and keeps the norms private ("shared MSA & MLP, unshared LN", Table 8). The copies
-    start equal, so a pretrained single-modal network stays what it was.
+    start equal, so a pretrained single-modal network stays what it was. What a network asks the layer for (its weight's
+    dtype), the first copy says.
 
     Args:
         module: the layer to copy.
@@ -78,11 +89,40 @@ class PerModality(nn.ModuleList):
     """
 
     def __init__(self, module: nn.Module, modalities: int) -> None:
-        super().__init__(copy.deepcopy(module) for _ in range(modalities))
+        super().__init__()
+        for m in range(modalities):
+            self.add_module(str(m), copy.deepcopy(module))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            first = self.__dict__.get("_modules", {}).get("0")
+            if first is None:
+                raise
+            return getattr(first, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PerModality:
+        """Of a copy of this layer alone, as peft makes one to train it, the hooks are those of who holds the original."""
+        memo[id(self)] = made = self.__new__(type(self))
+        made.__setstate__(copy.deepcopy({**self.__dict__, "_forward_hooks": OrderedDict()}, memo))
+        for key, hook in self._forward_hooks.items():
+            holder = getattr(hook, "__self__", None)
+            made._forward_hooks[key] = copy.deepcopy(hook, memo) if id(holder) in memo else hook
+        return made
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return list(self)[index]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(cast("dict[str, nn.Module]", self._modules).values())
 
     def forward(self, x: Tensor, *args: object) -> Tensor:
         if len(self) == 1:
-            return self[0](x, *args)
+            return cast("Tensor", self[0](x, *args))
         return torch.cat([own(stream, *args) for own, stream in zip(self, split(x, len(self)), strict=True)])
 
 

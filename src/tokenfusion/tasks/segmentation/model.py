@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tokenfusion.backbones.dense import FusedPyramid
 from tokenfusion.fusion.ensemble import LearnedEnsemble
-from tokenfusion.fusion.modality import merge, split
+from tokenfusion.fusion.modality import merge, split, untaught
 
 
 class SegmentationOutput(NamedTuple):
@@ -47,7 +47,8 @@ class FusedSegmenter(nn.Module):
         present: bool ``[M, B]``, which samples have which modality.
         """
         features = self.backbone(inputs, present)
-        logits = split(self.head([merge(x) for x in features.maps]), len(self.modalities))
+        maps = [merge(untaught(x, features.present)) for x in features.maps]
+        logits = split(self.head(maps), len(self.modalities))
         named = {name: logits[i] for i, name in enumerate(self.modalities) if name in inputs}
         ensemble = self.ensemble(logits, features.present)
         return SegmentationOutput(named, ensemble, features.scores, features.present)
