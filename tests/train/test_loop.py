@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from train.toy import Adversaries, Regression, Samples, settings
 
 from tokenfusion.errors import UserError
-from tokenfusion.train import ParameterGroup, fit, load_model
+from tokenfusion.manifest import lock_folder, unlock_folder
+from tokenfusion.train import ParameterGroup, fit, load_model, loop
 from tokenfusion.train.checkpoint import Checkpoints
 
 
@@ -49,6 +50,17 @@ def stopping(evaluate: Callable[[Any], Any], step: int, per_call: int) -> Callab
         return evaluate(engine)
 
     return stop
+
+
+def test_one_training_at_a_time_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "PATIENCE_S", 0.2)
+    other = lock_folder(tmp_path, "training in this folder")
+    with pytest.raises(UserError, match="another process is training in this folder right now; wait for it to end"):
+        fit(Regression(), Samples(), tmp_path, settings(), progress="silent")
+    assert list(tmp_path.iterdir()) == []
+    unlock_folder(other)
+    fit(Regression(), Samples(), tmp_path, settings(), progress="silent")
+    unlock_folder(lock_folder(tmp_path, "training in this folder"))  # is free again
 
 
 @pytest.mark.parametrize("kind", [Regression, Adversaries])

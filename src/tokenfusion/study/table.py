@@ -98,7 +98,7 @@ def table_of(planned: Planned) -> Table:
     reference = None if part.conditions else part.reference
     ranks = primary(first) if first else ""
     points = _points(planned, done, ranks) if part.plot == "exchange" else []
-    caption = _caption(planned, first, max((len(found) for found in done.values()), default=0))
+    caption = _caption(planned, first, {len(found) for found in done.values() if found})
     note = f"{part.note} {OTHER_DATA}".strip() if paper and planned.scale != "full" else part.note
     return Table(planned.name, caption, note, head, ours, paper, lines, reference, ranks, points)
 
@@ -173,13 +173,16 @@ def _points(planned: Planned, done: Mapping[str, Mapping[int, Path]], ranks: str
     return points
 
 
-def _caption(planned: Planned, first: Mapping[str, Any], seeds: int) -> str:
+def _caption(planned: Planned, first: Mapping[str, Any], counts: set[int]) -> str:
     """What the figures are of, in one line."""
     cell = next(iter(planned.cells.values()))[0]
     if not first:
         return f"{cell.recipe}: no run is done yet"
     target = f", to {first['target']}" if first.get("target") else ""
-    spread = f"{seeds} seeds: mean ± standard deviation" if seeds > 1 else "one seed"
+    most, few = max(counts), "up to " if len(counts) > 1 else ""
+    spread = f"{few}{most} seeds: mean ± standard deviation" if most > 1 else "one seed"
+    if few and planned.part.reference and not planned.part.conditions:
+        spread += "; differences over the seeds that both rows have"
     judged = rows_of(first.get("task", "")).judged
     part = planned.part  # headings that are no figures' names leave open what stands below them
     is_open = bool(part.conditions) or any("primary" in figure for figure in part.columns.values())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenfusion.errors import UserError, nearest
+from tokenfusion.manifest import lock_folder, unlock_folder
 from tokenfusion.train.batches import Batches, derive_seed
 from tokenfusion.train.checkpoint import Checkpoint, Checkpoints, read
 from tokenfusion.train.engine import Engine
@@ -20,6 +22,7 @@ from tokenfusion.train.settings import WITHOUT_EFFECT_ON_WEIGHTS, TrainSettings
 from tokenfusion.train.task import Task
 
 Evaluate = Callable[[Engine], Mapping[str, float]]
+PATIENCE_S = 10.0  # the loaders of a killed training end within five seconds
 
 
 class FitResult(NamedTuple):
@@ -59,10 +62,10 @@ def fit(
 
     Raises:
         UserError: a loss or weight that is not finite, a disk that is full, checkpoints that are all damaged or of
-            another model, a batch that the devices cannot share.
+            another model, a batch that the devices cannot share, another process that trains in this folder.
     """
     engine = Engine(settings.devices, settings.precision, settings.accelerator)
-    with engine.guarded():
+    with engine.guarded(), _alone(Path(run_dir), engine):
         batches = Batches(
             train_data,
             settings.batch_size,
@@ -79,6 +82,17 @@ def fit(
         with Display(settings.steps, run.step, progress if engine.is_first else "silent") as display:
             run.train(batches, display)
         return FitResult(run.step, run.best, run.metrics, engine.is_first)
+
+
+@contextmanager
+def _alone(run_dir: Path, engine: Engine) -> Iterator[None]:
+    """Let no other training write to a run folder meanwhile."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(run_dir, "training in this folder", PATIENCE_S) if engine.is_first else -1
+    try:
+        yield
+    finally:
+        unlock_folder(lock)
 
 
 def train_step(

@@ -22,12 +22,7 @@ import yaml
 from PIL import Image
 
 from tokenfusion.errors import UserError, require
-from tokenfusion.manifest import MANIFEST, file_sha256
-
-try:
-    import fcntl
-except ImportError:  # Windows: two preparations of the same folder at the same time are not told apart there
-    fcntl = None  # type: ignore[assignment]
+from tokenfusion.manifest import MANIFEST, file_sha256, lock_folder, unlock_folder
 
 T = TypeVar("T")
 
@@ -58,7 +53,7 @@ class Staging:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
             self.path = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.partial-", dir=self.out.parent))
-            self._lock = _lock_folder(self.path)
+            self._lock = lock_folder(self.path, "writing this data set")
         except OSError as error:
             raise UserError(f"{self.out}: cannot be written ({error.strerror}); choose another --out") from None
         return self
@@ -70,8 +65,7 @@ class Staging:
         except OSError as failure:
             raise UserError(f"{self.out}: cannot be written ({failure.strerror})") from None
         finally:
-            if self._lock >= 0:
-                os.close(self._lock)
+            unlock_folder(self._lock)
             shutil.rmtree(self.path, ignore_errors=True)  # after a success this name is gone already
 
     def write(self, name: str, data: bytes | str) -> None:
@@ -129,23 +123,9 @@ class Staging:
 
     def _remove_leftovers(self) -> None:
         for leftover in self.out.parent.glob(f".{self.out.name}.partial-*"):
-            lock = _lock_folder(leftover)  # a killed process holds no lock any more
+            lock = lock_folder(leftover, "writing this data set")  # a killed process holds no lock any more
             shutil.rmtree(leftover, ignore_errors=True)
-            if lock >= 0:
-                os.close(lock)
-
-
-def _lock_folder(path: Path) -> int:
-    """A descriptor that holds the folder's lock until it is closed or the process dies; -1 without locks."""
-    if fcntl is None:
-        return -1
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise UserError(f"{path}: another process is writing this data set right now; wait for it to end") from None
-    return descriptor
+            unlock_folder(lock)
 
 
 def _umask() -> int:
