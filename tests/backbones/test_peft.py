@@ -132,6 +132,25 @@ def test_lora_around_a_shared_network_norms_and_score_networks_are_in_its_file(s
     assert torch.equal(again(x).ensemble, adapted(x).ensemble)
 
 
+KEPT = {
+    "private norms": lambda: shared(),
+    "shared norms": lambda: tokenfusion.fuse(vit(), ["rgb", "depth"], PAPER, sharing="shared"),
+    "concat": lambda: tokenfusion.fuse(vit(), ["rgb", "depth"], "concat"),
+    "separate": separate,
+}
+
+
+@pytest.mark.parametrize("copied", ["norm1", "attn"])
+@pytest.mark.parametrize("kind", KEPT)
+def test_fusers_see_the_layers_that_peft_trains_in_place_of_ours(shake: Callable, kind: str, copied: str) -> None:
+    model = shake(KEPT[kind]()).eval()
+    x = images("shared" if kind == "private norms" else "separate")
+    before = {name: answer.clone() for name, answer in model(x).outputs.items()}
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["mlp.fc1"], modules_to_save=[copied])).eval()
+    for name, answer in model(x).outputs.items():
+        assert torch.equal(answer, before[name])
+
+
 def test_scales_are_those_of_the_norms_that_peft_trains() -> None:
     model = shared(fuser="channel")
     peft.get_peft_model(model, peft.LoraConfig(**LORA, modules_to_save=["norm1"]))

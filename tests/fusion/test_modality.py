@@ -73,27 +73,6 @@ def test_copies_of_private_copies_are_their_own(way: Callable[[nn.Module], nn.Mo
     assert network[1].weight.abs().sum() > 0
 
 
-class Holder(nn.Module):
-    """Hears what its norm gives, as a fused block does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.heard = PerModality(nn.LayerNorm(4), 2), 0
-        self.norm.register_forward_hook(self.hear)
-
-    def hear(self, module: nn.Module, args: object, output: torch.Tensor) -> None:
-        self.heard += 1
-
-
-def test_a_layer_copied_alone_is_heard_by_who_holds_the_original() -> None:
-    holder, x = Holder(), torch.randn(4, 4)
-    copy.deepcopy(holder.norm)(x)
-    assert holder.heard == 1
-    other = copy.deepcopy(holder)
-    other.norm(x)
-    assert (holder.heard, other.heard) == (1, 2)
-
-
 def test_make_private_replaces_the_given_kinds_at_every_depth_and_nothing_else() -> None:
     shared = nn.Linear(4, 4)
     network = nn.Sequential(shared, nn.LayerNorm(4), nn.Sequential(nn.LayerNorm(4), nn.GELU()))

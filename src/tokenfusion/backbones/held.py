@@ -44,6 +44,19 @@ class Door(threading.local):
         return Door, ()
 
 
+class _Hook:
+    """A method of a place as a hook; where a layer is copied alone, as peft does to train it, the place stays the same."""
+
+    def __init__(self, place: FusedBlock, method: str) -> None:
+        self.__self__, self.method = place, method
+
+    def __call__(self, *args: Any) -> Any:
+        return getattr(self.__self__, self.method)(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook(memo.get(id(self.__self__), self.__self__), self.method)
+
+
 class FusedBlock(nn.Module):
     """A foreign block in its place; outside of a fused forward pass it runs as if it stood there alone.
 
@@ -58,14 +71,14 @@ class FusedBlock(nn.Module):
         self.named = None if first is None else first.name  # what the block calls its tokens
         self.keyword = self.named if first is not None and first.kind is first.KEYWORD_ONLY else None
         attention = block.get_submodule(plan.parts.attention)
-        attention.register_forward_pre_hook(self._unite, with_kwargs=True)
-        attention.register_forward_hook(self._divide)
+        attention.register_forward_pre_hook(_Hook(self, "_unite"), with_kwargs=True)
+        attention.register_forward_hook(_Hook(self, "_divide"))
         if plan.parts.branch is None:
-            attention.register_forward_hook(self._behind_attention)
+            attention.register_forward_hook(_Hook(self, "_behind_attention"))
         else:
-            block.get_submodule(plan.parts.branch).register_forward_pre_hook(self._at_branch)
+            block.get_submodule(plan.parts.branch).register_forward_pre_hook(_Hook(self, "_at_branch"))
         if plan.parts.norm is not None:
-            block.get_submodule(plan.parts.norm).register_forward_hook(self._behind_norm)
+            block.get_submodule(plan.parts.norm).register_forward_hook(_Hook(self, "_behind_norm"))
 
     def __getattr__(self, name: str) -> Any:
         """What the network asks its block for, which is one level deeper now."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -101,15 +100,6 @@ class PerModality(nn.Module):
             if first is None:
                 raise
             return getattr(first, name)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PerModality:
-        """Of a copy of this layer alone, as peft makes one to train it, the hooks are those of who holds the original."""
-        memo[id(self)] = made = self.__new__(type(self))
-        made.__setstate__(copy.deepcopy({**self.__dict__, "_forward_hooks": OrderedDict()}, memo))
-        for key, hook in self._forward_hooks.items():
-            holder = getattr(hook, "__self__", None)
-            made._forward_hooks[key] = copy.deepcopy(hook, memo) if id(holder) in memo else hook
-        return made
 
     def __len__(self) -> int:
         return len(self._modules)
