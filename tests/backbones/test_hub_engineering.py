@@ -80,7 +80,10 @@ class Named(nn.Module):
 # Compilers and exports
 
 
-@pytest.mark.parametrize("word", WORDS)
+LONG = {"average", "bottleneck", "channel", "concat", "gating", "random"}  # of what the others have too
+
+
+@pytest.mark.parametrize("word", [pytest.param(word, marks=pytest.mark.slow if word in LONG else ()) for word in WORDS])
 def test_compiled_as_one_graph(fused, word: str) -> None:
     model = fused(WORDS[word]).eval()
     torch.compiler.reset()

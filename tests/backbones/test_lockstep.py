@@ -444,6 +444,7 @@ def test_it_exports_for_any_batch(fuser: object, traced: int) -> None:
     torch.testing.assert_close(exported(other).ensemble, model(other).ensemble)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, ONCE), reason="torch cannot be told to leave side effects out")
 def test_recomputed_blocks_compile_as_one_graph() -> None:
     model = tokenfusion.fuse({"rgb": vit(), "depth": vit(48, 3)}, fuser=HALF).train()
