@@ -41,7 +41,7 @@ def build(network: str, fuser: str) -> Model:
 
 
 def contestants(network: str) -> dict[str, Model]:
-    """Separate networks exchange by the released rule only."""
+    """Separate networks have one rule, the paper's, and one word for it."""
     fusers = {name: fuser for name, fuser in CONTESTANTS.items() if "+" not in network or fuser != "tokenfusion-paper"}
     return {name: build(network, fuser) for name, fuser in fusers.items()}
 

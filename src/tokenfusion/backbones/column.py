@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
+from tokenfusion.backbones.calls import evaluating, first_tensor
 from tokenfusion.backbones.foreign import Position, answer_of, call, kind_of, position_of
-from tokenfusion.backbones.held import Door, FusedBlock, Step, grid_at, hold_blocks
-from tokenfusion.backbones.survey import evaluating, first_tensor, survey
+from tokenfusion.backbones.grids import grid_at
+from tokenfusion.backbones.held import Door, FusedBlock, Step, hold_blocks
+from tokenfusion.backbones.survey import survey
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.fusers import Context, Entry, Grid, NoFusion
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokenfusion.backbones.calls import evaluating
 from tokenfusion.backbones.foreign import call, kind_of, position_parameter, resampled_table
 from tokenfusion.backbones.fused import FusedBackbone, FusedFeatures
-from tokenfusion.backbones.held import grid_of_tokens
+from tokenfusion.backbones.grids import grid_of_tokens
 from tokenfusion.backbones.hub import FusedNetwork, FuserFactory
 from tokenfusion.backbones.keys import from_hf_dinov2
 from tokenfusion.backbones.plan import BlockPlan
 from tokenfusion.backbones.sharing import Sharing
-from tokenfusion.backbones.survey import evaluating
 from tokenfusion.backbones.weights import StateDict, fetch, load_into
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.fusers import Grid

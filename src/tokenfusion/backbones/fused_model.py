@@ -124,3 +124,10 @@ def switches_of(network: nn.Module) -> list[tuple[nn.Module, str]]:
     """Modules that can recompute what they hold, and what they call the switch: timm's and Hugging Face's."""
     names = ("grad_checkpointing", "gradient_checkpointing")
     return [(m, name) for m in network.modules() for name in names if isinstance(getattr(m, name, None), bool)]
+
+
+def keep_weights(network: nn.Module) -> None:
+    """Ask no gradient of a network's weights; the LoRA that peft put into it stays as it is."""
+    for name, parameter in network.named_parameters():
+        if "lora_" not in name:
+            parameter.requires_grad_(False)

@@ -12,14 +12,16 @@ from torch.nn import functional as F
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_map
 
+from tokenfusion.backbones.calls import first_tensor
 from tokenfusion.backbones.foreign import answer_of, call, example_of, position_of, weight_of
-from tokenfusion.backbones.fused_model import FusedModel, FusedOutput
-from tokenfusion.backbones.held import Door, FusedBlock, check_unfused, grid_at, hold_blocks
+from tokenfusion.backbones.fused_model import FusedModel, FusedOutput, keep_weights
+from tokenfusion.backbones.grids import grid_at
+from tokenfusion.backbones.held import Door, FusedBlock, check_unfused, hold_blocks
 from tokenfusion.backbones.misfit import misfit
 from tokenfusion.backbones.plan import BlockPlan, Survey
 from tokenfusion.backbones.sharing import OwnLayer, Sharing, check_divisible, divide
 from tokenfusion.backbones.stems import Stems, adapt_stem
-from tokenfusion.backbones.survey import first_tensor, is_norm, survey
+from tokenfusion.backbones.survey import is_norm, survey
 from tokenfusion.components import component_of
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.channels import scales_of
@@ -279,13 +281,6 @@ class FusedNetwork(FusedModel):
         if self.position is None or place.index == 0 or plan.dim != self.survey.blocks[0].dim:
             return None
         return self.position.on(self.network, self.grid_of(plan, x, size), plan.prefix)
-
-
-def keep_weights(network: nn.Module) -> None:
-    """Ask no gradient of a network's weights; the LoRA that peft put into it stays as it is."""
-    for name, parameter in network.named_parameters():
-        if "lora_" not in name:
-            parameter.requires_grad_(False)
 
 
 def _in_use(layer: nn.Module) -> nn.Module:

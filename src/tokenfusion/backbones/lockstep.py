@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from tokenfusion.backbones.bridge import Bridge, Index, Meeting
 from tokenfusion.backbones.column import Column, Stream
 from tokenfusion.backbones.foreign import answer_of, example_of, weight_of
-from tokenfusion.backbones.fused_model import FusedModel, FusedOutput
+from tokenfusion.backbones.fused_model import FusedModel, FusedOutput, keep_weights
 from tokenfusion.backbones.held import check_unfused
-from tokenfusion.backbones.hub import keep_weights
 from tokenfusion.backbones.survey import is_norm
 from tokenfusion.components import component_of
 from tokenfusion.errors import UserError

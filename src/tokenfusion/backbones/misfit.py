@@ -8,8 +8,9 @@ from typing import cast
 import torch
 from torch import nn
 
+from tokenfusion.backbones.calls import first_tensor
 from tokenfusion.backbones.plan import BlockPlan
-from tokenfusion.backbones.survey import first_tensor, is_norm
+from tokenfusion.backbones.survey import is_norm
 from tokenfusion.fusion.fusers import Fuser
 from tokenfusion.fusion.modality import PerModality
 

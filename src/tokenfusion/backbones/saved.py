@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from tokenfusion.backbones import sealed
 from tokenfusion.backbones.blueprint import build, first_line, undropped
+from tokenfusion.backbones.calls import evaluating
 from tokenfusion.backbones.card import card
 from tokenfusion.backbones.config import (
     FORMAT,
@@ -34,7 +35,6 @@ from tokenfusion.backbones.foreign import answer_of, call, weight_of
 from tokenfusion.backbones.fused_model import FusedOutput
 from tokenfusion.backbones.hub import FusedNetwork
 from tokenfusion.backbones.lockstep import FusedStreams
-from tokenfusion.backbones.survey import evaluating
 from tokenfusion.backbones.weights import local_folder
 from tokenfusion.components import TARGET, explain
 from tokenfusion.errors import UserError

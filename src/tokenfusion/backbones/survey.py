@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from tokenfusion.backbones.calls import Call, noisy, seen
 from tokenfusion.backbones.plan import BlockPlan, Layout, Order, Parts, Survey
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.fusers import Grid
@@ -22,45 +20,6 @@ MLP = re.compile(r"mlp|ffn|feed_?forward|intermediate", re.IGNORECASE)
 DROP = re.compile(r"drop", re.IGNORECASE)
 DROP_PATH = re.compile(r"drop_?path", re.IGNORECASE)
 NORM = re.compile(r"norm|affine", re.IGNORECASE)
-
-
-@dataclass
-class _Call:
-    """What was seen of one call of a module."""
-
-    name: str
-    given: torch.Size | None
-    gave: torch.Size | None = None
-    is_alone: bool = True  # no tensor and no size beside the first argument
-    pair: Grid | None = None  # two whole numbers among the arguments: rows and columns
-    children: list[_Call] = field(default_factory=list)
-    tokens: Tensor | None = None  # what it was given, where its shape is a new one or has two readings
-    maps: list[Grid] = field(default_factory=list)  # rows and columns that convolutions outside blocks gave before
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """In eval mode for a while; every module's own mode comes back."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def first_tensor(value: Any) -> Tensor | None:
-    """The tensor, or the first one of a tuple."""
-    if isinstance(value, tuple | list) and value:
-        value = value[0]
-    return value if isinstance(value, Tensor) else None
-
-
-def first_name(module: nn.Module, kwargs: dict[str, Any]) -> str | None:
-    """By which name a module that is called by name alone is given its tokens: its first one, else the first one given."""
-    first = next(iter(inspect.signature(module.forward).parameters), "")
-    return first if first in kwargs else next(iter(kwargs), None)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -99,77 +58,6 @@ def candidates(network: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-@contextmanager
-def _watched(
-    network: nn.Module, blocks: dict[str, nn.Module], calls: list[_Call], stems: list[_Call]
-) -> Iterator[None]:
-    """Note every call of the blocks, of their children, and of the convolutions outside them."""
-    handles: list[Any] = []
-    open_calls: list[_Call] = []
-    maps: list[Grid] = []
-
-    def begin(name: str, into: list[_Call] | None) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            first = None if args else first_name(module, kwargs)
-            x = first_tensor(args) if args else first_tensor(kwargs.get(first or ""))
-            more = [*args[1:], *(value for key, value in kwargs.items() if key != first)]
-            call = _Call(name, None if x is None else x.shape, None, _is_nothing(more), _pair(more))
-            if into is not None:
-                is_either = x is not None and x.dim() == 4 and x.shape[1] == x.shape[3]
-                is_new = not into or into[-1].given != call.given
-                if x is not None and (is_either or is_new):
-                    call.tokens = x.clone()  # a block may write to its own
-                call.maps = list(maps)
-                into.append(call)
-            elif open_calls:
-                open_calls[-1].children.append(call)
-            open_calls.append(call)
-
-        return hook
-
-    def end(module: nn.Module, args: Any, output: Any) -> None:
-        y = first_tensor(output)
-        open_calls.pop().gave = None if y is None else y.shape
-
-    def convolved(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            stems.append(_Call(name, args[0].shape, output.shape))
-            if output.dim() == 4:
-                maps.append((output.shape[2], output.shape[3]))
-
-        return hook
-
-    try:
-        for name, block in blocks.items():
-            handles.append(block.register_forward_pre_hook(begin(name, calls), with_kwargs=True))
-            handles.append(block.register_forward_hook(end))
-            for child_name, child in block.named_children():
-                handles.append(child.register_forward_pre_hook(begin(child_name, None), with_kwargs=True))
-                handles.append(child.register_forward_hook(end))
-        for name, module in network.named_modules():
-            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and not any(
-                name.startswith(f"{b}.") for b in blocks
-            ):
-                handles.append(module.register_forward_hook(convolved(name)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _is_nothing(values: list[Any]) -> bool:
-    """Arguments that say nothing of positions or sizes."""
-    return not any(isinstance(v, Tensor | tuple | list) or type(v) is int for v in values)
-
-
-def _pair(values: list[Any]) -> Grid | None:
-    for value in values:
-        if isinstance(value, tuple | list | torch.Size) and len(value) == 2 and all(type(n) is int for n in value):
-            return int(value[0]), int(value[1])
-    numbers = [value for value in values if type(value) is int]
-    return (numbers[0], numbers[1]) if len(numbers) == 2 else None
-
-
 def survey(network: nn.Module, example: Any, run: Any) -> Survey:
     """Run a network once and see where its blocks can be fused.
 
@@ -186,12 +74,12 @@ def survey(network: nn.Module, example: Any, run: Any) -> Survey:
         raise UserError(f"{kind} has no transformer blocks ({_nearest(network)}); wanted a transformer")
     shown = noisy(example)
     try:
-        calls, stems = _seen(network, blocks, shown, run)
+        calls, stems = seen(network, blocks, shown, run)
     except UserError:
         if shown is example:
             raise
         shown = example  # its numbers are not any numbers: some choose a row of a table
-        calls, stems = _seen(network, blocks, shown, run)
+        calls, stems = seen(network, blocks, shown, run)
     plans, skipped = _plans(network, blocks, calls, shown.shape, shown is not example)
     if not plans:
         name, reason = next(iter(skipped.items()))
@@ -213,44 +101,8 @@ def _nearest(network: nn.Module) -> str:
     return "no module with an attention and an MLP"
 
 
-def _seen(network: nn.Module, blocks: dict[str, nn.Module], example: Any, run: Any) -> tuple[list[_Call], list[_Call]]:
-    """The calls of the blocks and of the convolutions outside them, in the order of a forward pass."""
-    calls: list[_Call] = []
-    stems: list[_Call] = []
-    with evaluating(network), torch.no_grad(), _watched(network, blocks, calls, stems):
-        try:
-            run(example)
-        except UserError:
-            raise
-        except Exception as error:  # whatever a foreign module raises
-            given = list(example.shape) if isinstance(example, Tensor) else type(example).__name__
-            told = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            raise UserError(
-                f"{type(network).__name__} does not run on an example of {given} ({told[0]}); give example="
-            ) from error
-    return calls, stems
-
-
-def noisy(example: Any) -> Any:
-    """Inputs that tell where a token looks, and which tokens look nowhere: noise, in every sample other noise.
-
-    Of images four: noise, the same with other noise in its left half, in its upper half, and all over. Whole numbers stay as
-    they are.
-    """
-    if not isinstance(example, Tensor) or not example.dim() or not example.is_floating_point():
-        return example
-    generator = torch.Generator().manual_seed(0)
-    if example.dim() != 4:
-        return example[0] + torch.randn((max(4, len(example)), *example.shape[1:]), generator=generator).to(example)
-    some, other = torch.randn((2, *example.shape[1:]), generator=generator).to(example)
-    rows = example[0] + torch.stack([some, some, some, other])
-    rows[1, :, :, : example.shape[3] // 2] = other[:, :, : example.shape[3] // 2]
-    rows[2, :, : example.shape[2] // 2] = other[:, : example.shape[2] // 2]
-    return rows
-
-
 def _plans(
-    network: nn.Module, blocks: dict[str, nn.Module], calls: list[_Call], example: torch.Size, is_noise: bool
+    network: nn.Module, blocks: dict[str, nn.Module], calls: list[Call], example: torch.Size, is_noise: bool
 ) -> tuple[list[BlockPlan], dict[str, str]]:
     """Plans of the blocks that were called, in that order; the reasons of those that cannot be fused.
 
@@ -259,9 +111,9 @@ def _plans(
     plans: list[BlockPlan] = []
     called = [call.name for call in calls]
     skipped = {name: "is not run in the forward pass" for name in blocks if name not in called}
-    suffix = getattr(getattr(network, "config", None), "num_detection_tokens", 0)
+    detection = getattr(getattr(network, "config", None), "num_detection_tokens", 0)
     told = getattr(network, "num_prefix_tokens", None)  # timm
-    seen: dict[int, tuple[Grid | None, int, int]] = {}  # by number of tokens: the map, the tokens beside it, behind it
+    known: dict[int, tuple[Grid | None, int, int]] = {}  # by number of tokens: the map, the tokens beside it, behind it
     last = None  # width and number of tokens of the block before
     for call in calls:
         if called.count(call.name) > 1:
@@ -272,15 +124,15 @@ def _plans(
             skipped[call.name] = parts
             continue
         assert call.given is not None
-        grid, prefix = Layout(parts.order).grid(call.given), 0
+        grid, prefix, suffix = Layout(parts.order).grid(call.given), 0, detection
         if parts.order == "tokens":
             tokens = call.given[1]
-            if tokens not in seen:
-                before, behind = _still(call, suffix) if is_noise else (0, 0)
-                usual = [beside for _, beside, _ in seen.values()]
+            if tokens not in known:
+                before, behind = _still(call, detection) if is_noise else (0, 0)
+                usual = [beside for _, beside, _ in known.values()]
                 grid, prefix = _map(call, usual, told, before + behind, example)
-                seen[tokens] = grid, prefix, suffix + (behind if before + behind <= prefix else 0)
-            grid, prefix, suffix = seen[tokens]
+                known[tokens] = grid, prefix, detection + (behind if before + behind <= prefix else 0)
+            grid, prefix, suffix = known[tokens]
         size = (parts.dim, call.given[1:].numel())
         stage = plans[-1].stage + (size != last) if plans else 0
         last = size
@@ -290,7 +142,7 @@ def _plans(
     return plans, skipped
 
 
-def _parts(block: nn.Module, call: _Call, batch: int) -> Parts | str:
+def _parts(block: nn.Module, call: Call, batch: int) -> Parts | str:
     """What a block is made of, or what it lacks."""
     if call.given is None or call.gave is None:
         return "takes or gives no tensor first"
@@ -341,7 +193,7 @@ def _width(block: nn.Module, given: torch.Size) -> int:
     return given[1] if sizes.count(given[1]) > sizes.count(given[-1]) else given[-1]
 
 
-def _order_of(call: _Call, dim: int) -> Order:
+def _order_of(call: Call, dim: int) -> Order:
     """Order of a block's input; where a map is as wide as its channels are many, the noise in halves of the image tells."""
     given = cast("torch.Size", call.given)
     is_either = len(given) == 4 and given[1] == given[3] == dim
@@ -357,7 +209,7 @@ def _order(shape: torch.Size, dim: int) -> Order | None:
     return "first" if len(shape) == 4 and shape[1] == dim else None
 
 
-def _still(call: _Call, suffix: int) -> tuple[int, int]:
+def _still(call: Call, suffix: int) -> tuple[int, int]:
     """How many tokens before the others, and behind them, are the same whatever the input is; zeros where all are."""
     if call.tokens is None:
         return 0, 0
@@ -366,9 +218,7 @@ def _still(call: _Call, suffix: int) -> tuple[int, int]:
     return (moving[0], len(moved) - 1 - moving[-1]) if moving else (0, 0)
 
 
-def _map(
-    call: _Call, prefixes: list[int], told: int | None, still: int, example: torch.Size
-) -> tuple[Grid | None, int]:
+def _map(call: Call, prefixes: list[int], told: int | None, still: int, example: torch.Size) -> tuple[Grid | None, int]:
     """Rows and columns of the map among the tokens, and the number of tokens beside it.
 
     Told by the block's arguments, else by the convolutions before it, else by the input's proportions. Tokens that stand
@@ -401,7 +251,7 @@ def _in_proportion(tokens: int, prefixes: list[int], example: torch.Size) -> tup
     return None
 
 
-def _is_raster(plan: BlockPlan, call: _Call, example: torch.Size) -> bool:
+def _is_raster(plan: BlockPlan, call: Call, example: torch.Size) -> bool:
     """The first block's tokens stand row by row: noise in an image's left half is left, in its upper half above.
 
     Tokens that stand otherwise (by window, by mask unit) have one half of the change in either half. In a map of less than

@@ -63,7 +63,7 @@ def check_tensors(inputs: Mapping[str, Any], least: int = 1) -> None:
 
 def silenced(x: Tensor, present: Tensor | None) -> Tensor:
     """``[M, B, ...]`` with zeros where a modality is missing: what a broken sensor sent, NaN too, goes no further."""
-    return x if present is None else torch.where(present.view(*present.shape, *[1] * (x.dim() - 2)), x, 0)
+    return x if present is None else torch.where(_there(x, present), x, 0)
 
 
 def untaught(x: Tensor, present: Tensor | None) -> Tensor:
@@ -72,7 +72,12 @@ def untaught(x: Tensor, present: Tensor | None) -> Tensor:
     Nobody asks for its answer, but the statistics of a batch hand every sample a share of the others' gradient. Through the
     norms of a stream that is empty it would grow a thousandfold each.
     """
-    return x if present is None else torch.where(present.view(*present.shape, *[1] * (x.dim() - 2)), x, x.detach())
+    return x if present is None else torch.where(_there(x, present), x, x.detach())
+
+
+def _there(x: Tensor, present: Tensor) -> Tensor:
+    """``[M, B]`` with as many dimensions as x has."""
+    return present.view(*present.shape, *[1] * (x.dim() - 2))
 
 
 class PerModality(nn.Module):

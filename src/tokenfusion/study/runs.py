@@ -45,10 +45,11 @@ def carry_out(cells: Mapping[Cell, Part], jobs: int | None = None) -> None:
     free: queue.SimpleQueue[str] = queue.SimpleQueue()
     for place in range(jobs):
         free.put(devices[place % len(devices)] if devices else "")
-    for root in {_wanted(cell).data.root for cell, part in cells.items() if not is_done(cell, part)}:
+    missing = {cell: part for cell, part in cells.items() if not is_done(cell, part)}
+    for root in {_wanted(cell).data.root for cell in missing}:
         Folder(root)  # a mistake there ends everything now, and no run of other data stands in
-    _adopt({cell: part for cell, part in cells.items() if not is_done(cell, part)})
-    waiting = [cell for cell, part in cells.items() if not is_done(cell, part)]
+    taken = _adopt(missing)
+    waiting = [cell for cell in missing if cell not in taken]
     for cell in waiting:
         _check_steps(cell)
 
@@ -71,10 +72,11 @@ def carry_out(cells: Mapping[Cell, Part], jobs: int | None = None) -> None:
 PAPERS = ("recipe.yaml", "dataset.yaml", "metrics.json", "seconds.json", "command.txt", "conditions")
 
 
-def _adopt(cells: Mapping[Cell, Part]) -> None:
+def _adopt(cells: Mapping[Cell, Part]) -> set[Cell]:
     """Take over, without its weights, what another study in a folder beside this one's has trained by the same recipe."""
+    taken: set[Cell] = set()
     if not cells:
-        return
+        return taken
     others = next(iter(cells)).run.absolute().parents[2].glob("*/*/*-seed*/command.txt")
     done = {}
     for folder in (file.parent for file in others if (file.parent / "metrics.json").is_file()):
@@ -91,7 +93,9 @@ def _adopt(cells: Mapping[Cell, Part]) -> None:
                 shutil.copytree(other / name, cell.run / name, dirs_exist_ok=True)
             elif (other / name).is_file():
                 shutil.copyfile(other / name, cell.run / name)
+        taken.add(cell)
         print(f"adopted:  {cell.run.name} is {other}", flush=True)
+    return taken
 
 
 def _check_steps(cell: Cell) -> None:

@@ -77,7 +77,7 @@ def comma_separated(planned: Sequence[Planned], tables: Sequence[Table]) -> str:
             for heading, entry in line.entries.items():
                 cells = part.cells.get(line.title) or part.cells.get(heading, [])
                 changes = part.part.conditions.get(line.title)
-                commands = {cell.seed: _command(cell, line.title, changes, entry.figure) for cell in cells}
+                commands = {cell.seed: _behind(cell, line.title, changes, entry.figure) for cell in cells}
                 for seed, value in _values(entry):
                     command = commands.get(seed, "") if isinstance(seed, int) else ""
                     writer.writerow([table.name, line.title, heading, entry.figure, seed, f"{value:.6g}", command])
@@ -86,18 +86,22 @@ def comma_separated(planned: Sequence[Planned], tables: Sequence[Table]) -> str:
 
 def _shown(planned: Planned, cell: Cell) -> str:
     """All that is typed for a run: what trains it, judges it under conditions, and times it."""
-    judged = [_command(cell, title, changes, "") for title, changes in planned.part.conditions.items()]
+    judged = [_judging(cell, title, changes) for title, changes in planned.part.conditions.items()]
     return "\n".join([cell.command(), *judged, *([_timing(cell)] if planned.part.is_timed else [])])
+
+
+def _behind(cell: Cell, title: str, changes: Mapping[str, Any] | None, figure: str) -> str:
+    """What is typed for one figure."""
+    if changes is not None:
+        return _judging(cell, title, changes)
+    return _timing(cell) if figure == "seconds" else cell.command()
 
 
 def _timing(cell: Cell) -> str:
     return shlex.join(["python", "-m", "tokenfusion.study.judging", str(cell.run), "seconds"])
 
 
-def _command(cell: Cell, title: str, changes: Mapping[str, Any] | None, figure: str) -> str:
-    """What trains a run; or what judges the trained run under a condition, or times it."""
-    if changes is None:
-        return _timing(cell) if figure == "seconds" else cell.command()
+def _judging(cell: Cell, title: str, changes: Mapping[str, Any]) -> str:
     how = [f"evaluation.{key}={json.dumps(value)}" for key, value in changes.items()]
     return shlex.join(["tokenfusion", "eval", str(cell.run), *how, "--to", str(condition_file(cell.run, title))])
 

@@ -10,9 +10,10 @@ import transformers
 from torch import Tensor
 
 import tokenfusion
-from tokenfusion.backbones.held import FusedBlock, grid_of_tokens
+from tokenfusion.backbones.calls import first_tensor
+from tokenfusion.backbones.grids import grid_of_tokens
+from tokenfusion.backbones.held import FusedBlock
 from tokenfusion.backbones.plan import BlockPlan, Parts
-from tokenfusion.backbones.survey import first_tensor
 from tokenfusion.fusion import NoFusion
 
 PARTS = Parts(8, "tokens", "tokens", "tokens", "norm", "attention", True, None)
