@@ -259,7 +259,9 @@ network's own bits, norms that are private to their stream, streams that exchang
   themselves (relative, rotary, windows, convolutions), or the embedding has another form; nothing is re-added.
 - _Other channels at_: the one convolution that sees the image. Where there is none, every modality needs the network's
   channels.
-- _Not fused_: blocks that run on every stream for itself, and why.
+- _Not fused_: blocks that run on every stream for itself, and why. At other image sizes it can be others, where windows do not
+  divide the map; `model.account` tells.
+- A family is judged by one of its networks, those that are refused too; others of it may differ. `fuse()` tells.
 
 {large}
 
@@ -286,9 +288,9 @@ def main() -> None:
         network, example = network_of(family)
         try:
             fused.append((family, *row(TRANSFORMERS[family].name, network, example)))
+            print(fused[-1], file=sys.stderr)
         except UserError as error:
             others.append((family, f"`{TRANSFORMERS[family].name}`", str(error).partition(": ")[2]))
-        print(fused[-1], file=sys.stderr)
     hugging = [row(f"{name}Model", *hugging_face(name)) for name in HUGGING_FACE]
     print(
         PAGE.format(

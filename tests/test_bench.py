@@ -9,6 +9,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tokenfusion.bench import _in_child, _peak, bench, contestant
+from tokenfusion.contestants import race
+from tokenfusion.recipe import read_recipe
 
 SMALL = ["model.backbone.variant=b0", "model.head.width=32"]
 
@@ -142,3 +144,7 @@ def test_memory_is_taken_in_a_fresh_process() -> None:
     peak = _in_child(_peak, "nyudv2-mit-b2", SMALL, "fused", (256, 256), 1, True)
     assert 5 < peak < 200  # megabytes
     del held
+
+
+def test_only_a_mit_races_against_segformer() -> None:
+    assert race(read_recipe("nyudv2-vit-s-small", [])).forward == ("fused", "unfused", "fused bf16")

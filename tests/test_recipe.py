@@ -213,3 +213,17 @@ def test_unknown_arguments_of_components_are_named() -> None:
         build({"_target_": "tokenfusion.fusion.Nothing"}, "fuser")
     with pytest.raises(UserError, match="needs this argument"):
         build({"_target_": "tokenfusion.fusion.TokenFusion"}, "fuser")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.stpes=3", "train.stpes=3: unknown key 'train.stpes'; did you mean 'steps'"),
+        ("data.modalities=rgb", "data.modalities=rgb: data.modalities: wanted a list, as [a, b], got 'rgb'"),
+        ("data.crop=64", "data.crop=64: data.crop: wanted a list, as [a, b], got 64"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_not_the_files(override: str, said: str) -> None:
+    with pytest.raises(UserError) as raised:
+        read_recipe("toy-segmentation", ["train.lr=0.1", override])
+    assert str(raised.value).startswith(said)

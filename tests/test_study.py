@@ -22,9 +22,10 @@ from tokenfusion.recipe import read_recipe
 from tokenfusion.study import Wish, plan, read_study, study
 from tokenfusion.study import runs as runs_of
 from tokenfusion.study.judging import judge, measure
-from tokenfusion.study.results import is_judged, is_timed
+from tokenfusion.study.results import check_judged_alike, figures, is_judged, is_timed
 from tokenfusion.study.runs import is_done
 from tokenfusion.study.spread import paired, t_quantile
+from tokenfusion.study.table import Entry
 
 SCORES = {
     "NoFusion": (49.0, 49.5, 48.0),
@@ -41,10 +42,17 @@ class Trainer:
         self.trained: list[str] = []
         self.judged: list[str] = []
         self.devices: list[str] = []
+        self.order: list[str] = []
         self.fails = ""
 
     def __call__(self, command: list[str], stdout: Any, env: dict[str, str], **_: Any) -> Any:
         module, *words = command[2:]
+        self.order.append(module.rpartition(".")[2])
+        if words[-1] == "seconds":
+            run = Path(words[0])
+            step = json.loads((run / "metrics.json").read_text())["step"]
+            (run / "seconds.json").write_text(json.dumps({"seconds": 12.0, "of_step": step}))
+            return SimpleNamespace(returncode=0)
         if module.endswith("judging"):
             run, conditions = Path(words[0]), json.loads(words[1])
             self.judged.append(run.name)
@@ -303,6 +311,22 @@ def test_figures_of_different_protocols_share_no_table(trainer: Trainer, outline
         study(outline, wish(tmp_path, seeds=1))
 
 
+def test_figures_of_different_data_share_no_table(trainer: Trainer, outline: str, tmp_path: Path) -> None:
+    study(outline, wish(tmp_path, seeds=1))
+    for row, told in (("concat", "a"), ("tokenfusion", "b")):  # the first run is an old one and does not tell
+        path = tmp_path / "out" / "rooms" / f"{row}-seed0" / "metrics.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "data": told}))
+    runs = [tmp_path / "out" / "rooms" / f"{row}-seed0" for row in ("late-ensemble", "concat", "tokenfusion")]
+    check_judged_alike(runs[:2])
+    with pytest.raises(UserError, match=r"tokenfusion-seed0: was judged otherwise \(b\) than .*concat-seed0 \(a\)"):
+        check_judged_alike(runs)
+
+
+def test_how_many_runs_a_mean_is_of_is_told_where_some_have_no_figure() -> None:
+    assert Entry("fid", {0: 10.0, 2: 30.0}, 3).text() == "20.00 ± 14.14 (2 of 3)"
+    assert Entry("fid", {0: 10.0, 2: 30.0}, 2).text() == "20.00 ± 14.14"
+
+
 def test_conditions_are_rows_and_methods_columns(trainer: Trainer, outline: str, tmp_path: Path) -> None:
     conditions = "    conditions: {depth missing: {missing: [depth]}, one more: {flip: true}}\n"
     Path(outline).write_text(OUTLINE + conditions)
@@ -319,6 +343,20 @@ def test_conditions_are_rows_and_methods_columns(trainer: Trainer, outline: str,
     assert rows(study(outline, wish(tmp_path, seeds=2), train=False))[2][1:] == ["–", "–", "–", "0"]
     study(outline, wish(tmp_path, seeds=2))
     assert len(trainer.judged) == 6
+    run = tmp_path / "out" / "rooms" / "concat-seed0"
+    assert is_judged(run, "depth missing", {"missing": ["rgb"]})
+    (run / "metrics.json").write_text(json.dumps({**json.loads((run / "metrics.json").read_text()), "data": "other"}))
+    assert not is_judged(run, "depth missing", {"missing": ["rgb"]}), "its figures are of other data now"
+
+
+def test_models_are_timed_when_nothing_else_runs(trainer: Trainer, outline: str, tmp_path: Path) -> None:
+    Path(outline).write_text(OUTLINE.replace("FID: fid", "time: seconds"))
+    text = study(outline, wish(tmp_path, seeds=1), jobs=2)
+    assert trainer.order == ["cli"] * 3 + ["judging"] * 3
+    assert "12.0" in rows(text)[1]
+    trainer.order.clear()
+    study(outline, wish(tmp_path, seeds=1))
+    assert trainer.order == []
 
 
 def test_every_subset_and_what_ones_own_recipe_has_no_input_for(outline: str, tmp_path: Path) -> None:
@@ -336,9 +374,7 @@ def test_every_subset_and_what_ones_own_recipe_has_no_input_for(outline: str, tm
         "depth + normal missing": {"missing": ["depth", "normal"]},
         "noise": {"degrade": {"depth": {"kind": "noise", "amount": 0.3}}},
     }
-    with pytest.raises(
-        UserError, match=r"rooms.conditions.noise names 'depth', which is no input of segmentation here"
-    ):
+    with pytest.raises(UserError, match=r"rooms.conditions.noise, of '.+': .+ names 'depth', which is no input here"):
         plan(read_study(outline)[1], wish(tmp_path, overrides=("data.modalities=[rgb, normal]",)))
     own = wish(tmp_path, recipe="toy-translation")
     assert list(plan(read_study(outline)[1], own)[0].part.conditions) == ["shade missing", "edge_texture missing"]
@@ -439,6 +475,11 @@ def test_a_real_run_is_trained_judged_and_resumed_without_its_weights(rooms: Pat
     cell = plan(read_study("rules")[1], asked)[0].cells["average"][0]
     assert is_done(cell)
     assert not is_done(cell._replace(overrides=(*cell.overrides, "train.steps=3")))
+    with pytest.raises(
+        UserError, match="holds a run of another recipe"
+    ):  # its figures must not become those of this one
+        api.train(read_recipe(cell.recipe, [*cell.overrides, "train.lr=0.5"]), cell.run)
+    assert is_done(cell)
 
 
 def test_a_detector_is_timed(rooms: Path, tmp_path: Path) -> None:
@@ -451,6 +492,7 @@ def test_a_detector_is_timed(rooms: Path, tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     (tmp_path / "metrics.json").write_text(json.dumps({**metrics, "step": 3}))
     assert not is_timed(tmp_path), "it has gone on since then"
+    assert "seconds" not in figures(tmp_path)
     assert 0 < found["seconds"] < 1000
 
 

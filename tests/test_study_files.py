@@ -113,6 +113,8 @@ parts:
         ("TokenFusion:", "Late:", "equal names of files"),
         ("TokenFusion:", '"a, b":', "has a comma"),
         ("{paper: [53.3]}", "{set: [evaluation.flip=true]}", "rows.TokenFusion changes evaluation"),
+        ("{paper: [53.3]}", '{set: ["evaluation={missing: [rgb]}"]}', "rows.TokenFusion changes evaluation"),
+        ("mIoU: miou", '"{modality}": miou', r"rows.TokenFusion.paper: a {modality} stands for several"),
         (
             "parts:",
             "parts:\n  ONE: {scales: {toy: {recipe: x}}, columns: {a: miou}, rows: {b: {}}}",
@@ -153,3 +155,36 @@ def test_the_reference_is_found() -> None:
     part = read_study("rules")[1].parts["segmentation"]
     assert isinstance(part, Part)
     assert part.reference == "late ensemble"
+
+
+@pytest.mark.parametrize(
+    ("conditions", "said"),
+    [
+        (
+            "{no depth: {missing: [depth]}}",
+            "one.conditions.no depth, of 'rgb only': .*names 'depth', which is no input",
+        ),
+        (
+            "{dark: {degrade: {rgb: {kind: holes, amount: 0.5}}}}",
+            "one.conditions.dark, of 'late': .*rgb can have noise",
+        ),
+        ("{nothing: {missing: [rgb, depth]}}", "one.conditions.nothing, of 'late': .*every input"),
+    ],
+)
+def test_a_condition_that_does_not_fit_a_row_is_refused_before_training(
+    tmp_path: Path, conditions: str, said: str
+) -> None:
+    file = tmp_path / "mine.yaml"
+    row = '      rgb only: {set: [fuser=none, "data.modalities=[rgb]"]}\n'
+    file.write_text(GOOD + row + f"    conditions: {conditions}\n")
+    with pytest.raises(UserError, match=said):
+        plan(read_study(str(file))[1], Wish(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["my set #1", "2024", "a: b", "plain-set_1", "it's", "true"])
+def test_any_folder_can_hold_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "mine.yaml"
+    file.write_text(GOOD)
+    cell = plan(read_study(str(file))[1], Wish(tmp_path / "out", data=name))[0].cells["late"][0]
+    assert read_recipe(cell.recipe, cell.overrides).data.root == name

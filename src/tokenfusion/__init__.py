@@ -22,7 +22,7 @@ __all__ = [
     "fuse",
     "load",
     "read_recipe",
-]  # every verb of the command line is a function of tokenfusion.api
+]  # what the command line does: tokenfusion.api, convert, export, bench and study
 
 
 def __getattr__(name: str) -> Any:

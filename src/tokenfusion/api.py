@@ -1,4 +1,4 @@
-"""Every verb as a function: train, evaluate, predict, and load() for a finished run."""
+"""Prepare, train, evaluate, predict as functions, and load() for a finished run."""
 
 from __future__ import annotations
 

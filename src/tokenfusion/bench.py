@@ -56,7 +56,7 @@ def bench(
     if min(size) < 32:
         raise UserError(f"--size is {size[0]}x{size[1]}; at least 32x32 is wanted")
     batch = batch or (1 if recipe.task == "translation" else 2)
-    entries = race(recipe.task)
+    entries = race(recipe)
 
     def enter(name: str, training: bool) -> Contestant:
         return contestant(recipe_name, overrides, name, size, batch if training else 1, training)

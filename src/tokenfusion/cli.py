@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from tokenfusion.errors import UserError, nearest
+from tokenfusion.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 out_console = Console(highlight=False)
@@ -102,8 +102,6 @@ def prepare(
     from tokenfusion import api
     from tokenfusion.data.folder import Folder
 
-    if dataset not in api.DATASETS:
-        raise UserError(f"no data set named {dataset!r}; {nearest(dataset, api.DATASETS)}")
     if verify:
         typer.echo(f"{out}: {Folder(out).verify(show_progress=True)} files as prepared")
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from tokenfusion.errors import UserError, nearest
+from tokenfusion.errors import UserError, first_line, nearest
 
 M = TypeVar("M", bound=BaseModel)
 Component = dict[str, Any]  # ``_target_`` and arguments
@@ -78,7 +79,8 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
         return f"unknown key {key!r}; {nearest(str(first['loc'][-1]), _fields(schema, first['loc'][:-1]))}"
     if first["type"] == "missing":
         return f"key {key!r} is missing"
-    said = first["msg"].removeprefix("Value error, ")
+    is_list = first["type"] in ("tuple_type", "list_type")
+    said = "wanted a list, as [a, b]" if is_list else first["msg"].removeprefix("Value error, ")
     return f"{key}: {said}, got {first['input']!r}" if key else said  # what concerns several keys names them itself
 
 
@@ -93,7 +95,7 @@ def _fields(schema: type[BaseModel], place: Sequence[str | int]) -> list[str]:
 
 def write_text(file: Path, text: str) -> None:
     """Write a file whole or not at all: under another name first, then renamed."""
-    part = file.with_name(f".{file.name}.partial")
+    part = file.with_name(f".{file.name}.{os.getpid()}.partial")  # of several processes none is in another's way
     part.write_text(text, encoding="utf-8")
     part.replace(file)
 
@@ -176,7 +178,7 @@ def maker(spec: Mapping[str, Any], key: str, given: tuple[str, ...] = (), trust:
         except UserError:
             raise
         except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{key}: {spec[TARGET]}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{key}: {spec[TARGET]}: {first_line(error)}") from error
 
     return make
 

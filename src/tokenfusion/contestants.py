@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenfusion.api import task_package
+from tokenfusion.components import TARGET
 from tokenfusion.data.scenes import IMAGE, SceneBatch
 from tokenfusion.data.truth import SceneTruth
 from tokenfusion.errors import UserError, require
@@ -37,13 +38,14 @@ class Race(NamedTuple):
     steps: tuple[str, ...]  # whole training steps
 
 
-def race(task: str) -> Race:
-    """The contestants of a task; transformers only where it is installed."""
-    if task == "translation":
+def race(recipe: Any) -> Race:
+    """The contestants of a recipe's task; transformers' SegFormer only beside a MiT, and where it is installed."""
+    if recipe.task == "translation":
         return Race(("fused", "unfused", "fused bf16"), (STEP, RELEASED_STEP), (STEP, RELEASED_STEP))
-    if task == "detection3d":
+    if recipe.task == "detection3d":
         return Race(("fused", "unfused", "fused bf16"), ("fused", "unfused"), ())
-    peer = (PEER,) if _has_peer() else ()
+    is_mit = recipe.model.backbone[TARGET] == "tokenfusion.backbones.mit.mit"
+    peer = (PEER,) if is_mit and _has_peer() else ()
     return Race(("fused", "unfused", *peer, "fused bf16"), ("fused", *peer), ())
 
 

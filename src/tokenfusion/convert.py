@@ -63,12 +63,12 @@ def convert(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty, or is no folder; choose a new one")
     source, names = read_checkpoint(file), tuple(name.strip() for name in modalities)
-    if kind in SINGLE_MODAL:
-        return _single(SINGLE_MODAL[kind](source), str(file), out)
-    if kind == "hf-dinov2":
-        return _dinov2(from_hf_dinov2(source), str(file), out)
     whole = {"released-segmentation": from_released_segmentation, "released-translation": from_released_translation}
     try:
+        if kind in SINGLE_MODAL:
+            return _single(SINGLE_MODAL[kind](source), str(file), out)
+        if kind == "hf-dinov2":
+            return _dinov2(from_hf_dinov2(source), str(file), out)
         if kind in IMAGE:
             return _image(source, kind, str(file), out)
         tensors = whole.get(kind, from_groupfree)(source)

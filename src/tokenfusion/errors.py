@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, and the door to optional libraries."""
+"""The one exception that a user's mistake raises, what other errors say, and the door to optional libraries."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ def require(module: str, extra: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != library:
             raise  # the library is there, but something that it needs is not: that is not the user's mistake
         raise UserError(f"this needs {library}, which is not installed: pip install 'tokenfusion[{extra}]'") from None
+
+
+def first_line(error: BaseException, most: int = 160) -> str:
+    """The first line of what an error says, of a heading the second, cut off behind a word; its class where it says nothing."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    line = lines[1] if lines[0].endswith(":") and lines[1:] else lines[0]
+    return line if len(line) <= most else line[:most].rpartition(" ")[0] + " ..."
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -11,11 +11,12 @@ from typing import Any, Literal, NamedTuple, overload
 from torch import Tensor, nn
 
 from tokenfusion.backbones.bridge import Index
-from tokenfusion.backbones.hub import FusedNetwork, FuserFactory
+from tokenfusion.backbones.hub import FusedNetwork
 from tokenfusion.backbones.lockstep import EXCHANGE_GIVEN, ExchangeFactory, FusedStreams, Pair
 from tokenfusion.backbones.sharing import Sharing
 from tokenfusion.components import EXCHANGES, FUSER_GIVEN, FUSERS, TARGET, maker
 from tokenfusion.errors import UserError, nearest
+from tokenfusion.fusion.fusers import FuserFactory
 
 
 class _Kind(NamedTuple):
@@ -85,8 +86,8 @@ def fuse(
             ``tokenfusion-paper``, ``mended``, ``gating``, ``bottleneck``, ``cross-attention``, ``channel`` and
             ``token+channel`` too), a component (``{"_target_": "tokenfusion.fusion.TokenFusion", "threshold": 0.02}``), or
             what makes a fuser from (dim, modalities, stage), for separate networks an exchange from (dim, seed). None:
-            TokenFusion, theta 0.02, whose scores start at 0.95, so that a pretrained network is hardly weakened on the
-            first day; by the released rule in a shared network, by the paper's between separate ones.
+            TokenFusion, theta 0.02, whose scores start at 0.95, so that a pretrained network is hardly weakened before they
+            have learned; by the released rule in a shared network, by the paper's between separate ones.
         example: an input ``[B, ...]``, for modules that are neither of timm nor of Hugging Face; by name for several.
         score_nets, blocks, alignment, sharing: see :class:`~tokenfusion.backbones.hub.FusedNetwork`.
         projection, mlp: of separate networks, see :class:`~tokenfusion.backbones.lockstep.FusedStreams`.

@@ -44,7 +44,16 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find(name)
     content = _with_base(path)
-    return validate(_overridden(content, overrides), str(path))
+    try:
+        return validate(_overridden(content, overrides), str(path))
+    except UserError as error:
+        said = str(error).removeprefix(f"{path}: ")
+        to_blame = next(
+            (override for override in overrides if override.partition("=")[0] in said.split(", got")[0]), None
+        )
+        if to_blame is None or to_blame in said:
+            raise
+        raise UserError(f"{to_blame}: {said}") from None
 
 
 def evaluation_changes(overrides: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,15 @@ from tokenfusion.report.rows import rows_of, shown_by_class
 
 def listed(title: str, entries: Mapping[str, str]) -> Table:
     """Names and what they are."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, title_style="bold")
+    table = Table(
+        Column(no_wrap=True),
+        Column(),
+        title=title,
+        title_justify="left",
+        show_header=False,
+        box=None,
+        title_style="bold",
+    )
     for name, text in entries.items():
         table.add_row(name, text)
     return table

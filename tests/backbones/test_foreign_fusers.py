@@ -289,3 +289,50 @@ def test_a_fuser_that_blocks_share_is_told_which_of_them_runs() -> None:
     plain.load_state_dict(model.state_dict())
     assert torch.equal(model(images()).ensemble, plain(images()).ensemble)
     assert drawn == [0, 1, 2]
+
+
+class Named(nn.Module):
+    """Attention that is called by name alone, its tokens last."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.inner(x)
+
+
+def test_attention_that_is_given_its_tokens_by_name(shake) -> None:
+    network = vit()
+    for block in network.blocks:
+        block.attn = Named(block.attn)
+        block.forward = _by_name.__get__(block)
+    plain, named = (shake(tokenfusion.fuse(n, NAMES[:2], "concat")).eval() for n in (vit(), network))
+    named.load_state_dict({k.replace(".attn.", ".attn.inner."): v for k, v in plain.state_dict().items()})
+    torch.testing.assert_close(named(images()).ensemble, plain(images()).ensemble)
+
+
+def _by_name(block: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    x = x + block.attn(mask=None, x=block.norm1(x))
+    return x + block.mlp(block.norm2(x))
+
+
+class Fixed(nn.Module):
+    """Attention that asserts its number of tokens and says no more."""
+
+    def __init__(self, inner: nn.Module, tokens: int) -> None:
+        super().__init__()
+        self.inner, self.tokens = inner, tokens
+
+    def forward(self, x: Tensor, **more: Any) -> Tensor:
+        if x.shape[1] != self.tokens:
+            raise AssertionError
+        return self.inner(x)
+
+
+def test_an_assertion_without_words_is_a_reason_too() -> None:
+    network = vit()
+    for block in network.blocks:
+        block.attn = Fixed(block.attn, network.pos_embed.shape[1])
+    with pytest.raises(tokenfusion.UserError, match=r"a fixed number of tokens only \(AssertionError\)"):
+        tokenfusion.fuse(network, NAMES[:2], "concat")

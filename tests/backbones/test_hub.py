@@ -71,6 +71,38 @@ def test_a_missing_modality_is_left_out() -> None:
     torch.testing.assert_close(same.ensemble, out.ensemble)
 
 
+class Batched(nn.Module):
+    """A block with batch norms, as LeViT has them."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm1d(64), nn.BatchNorm1d(64)
+        self.attn, self.mlp = block.attn, block.mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x.transpose(1, 2)).transpose(1, 2))
+        return x + self.mlp(self.norm2(x.transpose(1, 2)).transpose(1, 2))
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_what_is_missing_is_not_among_the_statistics_of_a_batch(recomputes: bool) -> None:
+    network = vit()
+    network.blocks = nn.Sequential(*map(Batched, network.blocks))
+    model = tokenfusion.fuse(network, ["rgb", "depth"], "none").train()
+    if recomputes:
+        model.set_grad_checkpointing()
+    x = images("rgb", "depth", batch=3)
+    some = {name: copy.deepcopy(model)({n: z[:2] for n, z in x.items()}).outputs[name] for name in x}
+    lacking = model(x, torch.tensor([[True, True, True], [True, True, False]]))
+    torch.testing.assert_close(lacking.outputs["depth"][:2], some["depth"])
+    lacking.ensemble.square().sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    model({"rgb": x["rgb"]}).ensemble.square().sum().backward()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.split(".")[-2] for name in changed} == {"0"}, "rgb's statistics alone"
+    assert torch.isfinite(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])).all()
+
+
 def test_convolutions_are_told() -> None:
     with pytest.raises(tokenfusion.UserError, match="no transformer blocks"):
         tokenfusion.fuse(timm.create_model("test_resnet"), ["rgb", "depth"])

@@ -562,6 +562,22 @@ def test_batch_norms_count_every_pass_once() -> None:
     assert all(m.track_running_stats for m in network.modules() if isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d))
 
 
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_what_is_missing_is_not_among_the_statistics_of_separate_networks(recomputes: bool) -> None:
+    networks = {name: Normed().train() for name in ("rgb", "depth")}
+    example = {name: torch.zeros(2, 3, 48, 48) for name in networks}
+    model = tokenfusion.fuse(networks, fuser="none", example=example).train()
+    if recomputes:
+        model.set_grad_checkpointing()
+    before = copy.deepcopy(model.networks["depth"].state_dict())
+    model(pictures(), torch.stack([ALL, torch.tensor([True, False])])).ensemble.sum().backward()
+    model({"rgb": pictures()["rgb"]}).ensemble.sum().backward()
+    for name, value in model.networks["depth"].state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert model.networks["rgb"].stem[1].num_batches_tracked == 2
+    assert all(m.training for m in model.networks["depth"].modules())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -703,3 +719,9 @@ def test_onnx(tmp_path) -> None:
     found = session.run(None, {name: image.numpy() for name, image in x.items()})
     for ours, theirs in zip(model(**x), found, strict=True):
         torch.testing.assert_close(torch.from_numpy(theirs), ours, rtol=1e-4, atol=1e-4)
+
+
+def test_random_exchange_draws_other_tokens_before_every_step() -> None:
+    model = tokenfusion.fuse({"rgb": vit(), "depth": vit()}, fuser="random").eval()
+    seeds = [exchange.seed for step in model.exchanges for exchange in step.values()]
+    assert len(set(seeds)) == len(seeds) > 2

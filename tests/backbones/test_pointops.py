@@ -76,6 +76,11 @@ def test_furthest_points_are_the_kernels_even_in_ties(points: int, device: str) 
         assert row == _threads_furthest(cloud, len(row))
 
 
+def test_no_point_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one point is wanted, not 0"):
+        furthest_point_sample(_cloud(5), 0)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_furthest_points_skip_the_origin_and_what_is_no_number(device: str) -> None:
     cloud = _cloud(50, 1)
@@ -88,6 +93,17 @@ def test_furthest_points_skip_the_origin_and_what_is_no_number(device: str) -> N
     chosen = furthest_point_sample(cloud.to(device), 39)[0].tolist()
     assert sorted(chosen) == [0, *range(12, 50)]
     assert furthest_point_sample(torch.full((1, 5, 3), 0.001, device=device), 3)[0].tolist() == [0, 0, 0]
+
+
+def test_a_hole_is_what_its_rounded_length_is_in_double_precision() -> None:
+    """The threshold is no float32; a point whose squared length rounds to that of 1e-3 lies outside of it."""
+    x = np.float32(np.sqrt(np.float64(np.float32(1e-3))))
+    while np.float32(np.float64(x) ** 2) != np.float32(1e-3):
+        x = np.nextafter(x, np.float32(0 if np.float64(x) ** 2 > 1e-3 else 1))
+    cloud = torch.tensor([[[1.0, 0, 0], [float(x), 0, 0]]])
+    assert furthest_point_sample(cloud, 2).tolist() == [[0, 1]]
+    order = torch.from_numpy(tie_order(2))
+    assert pointops_torch.furthest_point_sample(cloud, 2, order).tolist() == [[0, 1]]
 
 
 def _brute_ball(cloud: Tensor, centers: Tensor, radius: float, count: int) -> list[list[int]]:

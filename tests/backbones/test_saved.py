@@ -129,6 +129,15 @@ def test_what_is_written(folder: Path) -> None:
     assert found["out"].ensemble.shape == (1, 5)
 
 
+@pytest.mark.parametrize(
+    ("sharing", "said"),
+    [("default", "each has its own norms"), ("shared", "norms too"), ("unshared", "each stream has a copy of its own")],
+)
+def test_a_card_says_what_is_shared(tmp_path: Path, sharing: str, said: str) -> None:
+    tokenfusion.fuse(vit(), ["rgb", "depth"], "average", sharing=sharing).save_pretrained(tmp_path)
+    assert said in (tmp_path / sealed.CARD).read_text()
+
+
 def test_a_card_that_was_written_on_stays(folder: Path) -> None:
     (folder / sealed.CARD).write_text("mine")
     tokenfusion.load(folder).save_pretrained(folder)
@@ -241,6 +250,29 @@ def test_ones_own_network_is_given_when_loading(tmp_path: Path, shake) -> None:
     assert torch.equal(again(x).ensemble, model.eval()(x).ensemble)
     with pytest.raises(tokenfusion.UserError, match="weights do not fit Own"):
         tokenfusion.load(tmp_path, network=Own(32))
+
+
+class Reader(Own):
+    """Takes numbers of words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.tied(self.head(x)).mean(1)
+
+
+@pytest.mark.filterwarnings("ignore:.*network=")
+def test_a_network_of_words_is_read_again(tmp_path: Path, shake) -> None:
+    x = {name: torch.randint(9, (2, 6), generator=torch.Generator().manual_seed(1)) for name in ("a", "b")}
+    model = shake(tokenfusion.fuse(Reader(), ["a", "b"], "average", example=x["a"])).eval()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(tokenfusion.load(tmp_path, network=Reader())(x).ensemble, model(x).ensemble)
+    assert "a (input [6])" in (tmp_path / sealed.CARD).read_text()
 
 
 def test_a_network_that_was_changed_wants_the_like(tmp_path: Path) -> None:

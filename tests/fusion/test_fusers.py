@@ -260,6 +260,16 @@ def test_one_stream_weighs_but_has_nobody_to_exchange_with(shake, block_of) -> N
     torch.testing.assert_close(y[0], e + single.mlp(single.norm2(e), GRID), rtol=1e-10, atol=1e-12)
 
 
+def test_where_a_stream_is_alone_nothing_counts_as_exchanged() -> None:
+    scores = torch.zeros(2, 3, 4)  # all below theta
+    both_then_one = torch.tensor([[True, True, True], [True, False, False]])
+    assert TokenFusion(C, 1, threshold=0.5).rates(scores[:1]).exchanged.tolist() == [0]
+    fuser = TokenFusion(C, 2, threshold=0.5)
+    assert fuser.rates(scores).exchanged.tolist() == [1, 1]
+    assert fuser.rates(scores, both_then_one).exchanged.tolist() == [1, 1], "of the tokens that have a stand-in"
+    assert fuser.rates(scores, both_then_one[:, 1:].repeat(1, 2)[:, :3]).exchanged.tolist() == [0, 0]
+
+
 # ---- prefix, position, rates, presence -----------------------------------------------------------------------------
 
 

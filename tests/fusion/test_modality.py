@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokenfusion.fusion import PerModality, make_private, merge, split
+from tokenfusion.fusion.modality import TOLD, on_rows
 
 
 def test_merge_and_split_are_inverse_and_order_by_modality_first() -> None:
@@ -89,3 +90,54 @@ def test_a_network_with_private_copies_is_what_the_single_one_was() -> None:
     x = torch.randn(3, 5, 4)
     expected = network(x)
     torch.testing.assert_close(make_private(network, 3, (nn.LayerNorm,))(x.repeat(3, 1, 1)), expected.repeat(3, 1, 1))
+
+
+@pytest.fixture
+def told() -> Iterator[Callable[[Tensor], None]]:
+    """``told(present)``: as a forward pass says who is present."""
+
+    def tell(present: Tensor) -> None:
+        TOLD.present = present
+
+    yield tell
+    TOLD.present = None
+
+
+def test_statistics_of_a_batch_are_of_what_is_present(told) -> None:
+    private, x = PerModality(nn.BatchNorm2d(4), 2).train(), torch.randn(2, 3, 4, 5, 5, requires_grad=True)
+    alone = copy.deepcopy(private[1])
+    told(torch.tensor([[True, True, True], [True, False, True]]))
+    y = split(private(merge(x)), 2)
+    torch.testing.assert_close(y[1, [0, 2]], alone(x[1, [0, 2]]))
+    torch.testing.assert_close(private[1].running_var, alone.running_var)
+    y.square().sum().backward()
+    assert not x.grad[1, 1].any()
+    windows = x.repeat_interleave(4, 1)
+    once, often = (split(private(merge(z)), 2)[1] for z in (x, windows))
+    torch.testing.assert_close(often[:4], once[:1].expand(4, -1, -1, -1))
+
+
+def test_a_stream_that_nobody_has_leaves_its_statistics(told) -> None:
+    private, x = PerModality(nn.BatchNorm2d(4), 2).train(), torch.zeros(2, 3, 4, 5, 5)
+    before = copy.deepcopy(private[1].state_dict())
+    told(torch.tensor([[True, True, True], [False, False, False]]))
+    private(merge(x)).sum().backward()
+    assert all(torch.equal(value, before[name]) for name, value in private[1].state_dict().items())
+    assert private[1].weight.grad is not None, "whoever waits for all gradients (DDP) waits for this one too"
+    assert private[1].training
+    assert private[0].num_batches_tracked == 1
+
+
+def test_of_one_value_there_are_no_statistics(told) -> None:
+    private, x = PerModality(nn.BatchNorm1d(4), 2).train(), torch.randn(2, 3, 4)
+    told(torch.tensor([[True, True, True], [False, True, False]]))
+    y = split(private(merge(x)), 2)
+    torch.testing.assert_close(y[1], private[1].eval()(x[1]))
+    assert private[1].num_batches_tracked == 0
+
+
+def test_rows_that_are_left_out_are_as_if_they_were_not_in_the_batch() -> None:
+    norm, x, there = nn.BatchNorm1d(3), torch.randn(4, 3), torch.tensor([True, False, True, True])
+    y = on_rows(norm, there, x)
+    torch.testing.assert_close(y[there], copy.deepcopy(norm)(x[there]))
+    assert not y[~there].any()

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
-Grid = tuple[int, int]
+from tokenfusion.fusion.fusers import Grid
+
 EPS = 1e-6
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from tokenfusion.backbones.foreign import example_of, kind_of, library
 from tokenfusion.components import Section
-from tokenfusion.errors import UserError
+from tokenfusion.errors import UserError, first_line
 
 TIMM_ARGUMENTS = (
     "num_classes",
@@ -162,7 +162,3 @@ def _hf_network(spec: NetworkSpec) -> nn.Module:
         raise UserError(f"{spec.name}: this version of transformers has no such network")
     make = cast("Any", found)
     return cast("nn.Module", make(make.config_class.from_dict(_plain(spec.arguments))))
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]

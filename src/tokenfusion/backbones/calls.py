@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenfusion.errors import UserError
+from tokenfusion.errors import UserError, first_line
 from tokenfusion.fusion.fusers import Grid
 
 
@@ -48,10 +48,14 @@ def first_tensor(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def first_name(module: nn.Module, kwargs: dict[str, Any]) -> str | None:
+def first_parameter(module: nn.Module) -> str:
+    """What a module calls its first argument."""
+    return next(iter(inspect.signature(module.forward).parameters), "")
+
+
+def given_by_name(first: str, kwargs: dict[str, Any]) -> str:
     """By which name a module that is called by name alone is given its tokens: its first one, else the first one given."""
-    first = next(iter(inspect.signature(module.forward).parameters), "")
-    return first if first in kwargs else next(iter(kwargs), None)
+    return first if first in kwargs else next(iter(kwargs), "")
 
 
 def seen(network: nn.Module, blocks: dict[str, nn.Module], example: Any, run: Any) -> tuple[list[Call], list[Call]]:
@@ -64,10 +68,9 @@ def seen(network: nn.Module, blocks: dict[str, nn.Module], example: Any, run: An
         except UserError:
             raise
         except Exception as error:  # whatever a foreign module raises
-            given = list(example.shape) if isinstance(example, Tensor) else type(example).__name__
-            told = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            given = list(example.shape) if isinstance(example, Tensor) else f"{type(example).__name__}, wanted a tensor"
             raise UserError(
-                f"{type(network).__name__} does not run on an example of {given} ({told[0]}); give example="
+                f"{type(network).__name__} does not run on an example of {given} ({first_line(error)}); give example="
             ) from error
     return calls, stems
 
@@ -99,8 +102,8 @@ def _watched(network: nn.Module, blocks: dict[str, nn.Module], calls: list[Call]
 
     def begin(name: str, into: list[Call] | None) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            first = None if args else first_name(module, kwargs)
-            x = first_tensor(args) if args else first_tensor(kwargs.get(first or ""))
+            first = "" if args else given_by_name(first_parameter(module), kwargs)
+            x = first_tensor(args) if args else first_tensor(kwargs.get(first))
             more = [*args[1:], *(value for key, value in kwargs.items() if key != first)]
             call = Call(name, None if x is None else x.shape, None, _is_nothing(more), _pair(more))
             if into is not None:

@@ -6,6 +6,8 @@ import inspect
 import json
 from collections.abc import Iterable
 
+from torch import Tensor
+
 from tokenfusion.backbones.blueprint import NetworkSpec
 from tokenfusion.backbones.config import SavedConfig, SeparateConfig, SharedConfig, batch_of, index_maps
 from tokenfusion.backbones.hub import FusedNetwork
@@ -13,6 +15,11 @@ from tokenfusion.backbones.lockstep import FusedStreams
 from tokenfusion.components import TARGET, find
 
 LIBRARY = {"timm": "timm's ", "hf": "Hugging Face's ", "module": ""}
+SHARES = {
+    "default": "all streams share its weights and each has its own norms",
+    "shared": "all streams share its weights, norms too",
+    "unshared": "each stream has a copy of its own",
+}
 TAG = {"timm": ["timm"], "hf": ["transformers"], "module": []}
 
 
@@ -20,7 +27,10 @@ def card(model: FusedNetwork | FusedStreams, config: SharedConfig | SeparateConf
     """The text of ``README.md``; the licence is the author's to choose."""
     specs = config.networks().values()
     tags = ["tokenfusion", "multimodal", "vision-transformer", *(tag for spec in specs for tag in TAG[spec.kind])]
-    facts = _of_one(model, config) if isinstance(model, FusedNetwork) else _of_several(config)
+    if isinstance(model, FusedNetwork) and isinstance(config, SharedConfig):
+        facts = _of_one(config, len(model.survey.blocks))
+    else:
+        facts = _of_several(config)
     lines = [
         "---",
         "library_name: tokenfusion",
@@ -49,14 +59,19 @@ def card(model: FusedNetwork | FusedStreams, config: SharedConfig | SeparateConf
     return "\n".join(lines) + "\n"
 
 
-def _of_one(model: FusedNetwork, config: SharedConfig | SeparateConfig) -> list[str]:
-    channels = {name: x.shape[1] for name, x in config.inputs().items()}
-    what = ", ".join(f"{name} ({n} channel{'s' * (n > 1)})" for name, n in channels.items())
+def _of_one(config: SharedConfig, blocks: int) -> list[str]:
+    inputs = config.inputs()
+    what = ", ".join(f"{name} ({_taken(x)})" for name, x in inputs.items())
     return [
-        f"One network for {len(channels)} aligned modalities: {what}.",
-        f"The base network is {_base(config.networks()[''])}; all streams share its weights and each has its own norms.",
-        f"{len(model.survey.blocks)} blocks.",
+        f"One network for {len(inputs)} aligned modalities: {what}.",
+        f"The base network is {_base(config.network)}; {SHARES[config.sharing]}.",
+        f"{blocks} blocks.",
     ]
+
+
+def _taken(x: Tensor) -> str:
+    """What a stream takes: images say their channels, anything else its shape."""
+    return f"{x.shape[1]} channel{'s' * (x.shape[1] > 1)}" if x.dim() == 4 else f"input {list(x.shape[1:])}"
 
 
 def _of_several(config: SharedConfig | SeparateConfig) -> list[str]:

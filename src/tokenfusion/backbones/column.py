@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,6 +23,7 @@ from tokenfusion.backbones.held import Door, FusedBlock, Step, hold_blocks
 from tokenfusion.backbones.survey import survey
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.fusers import Context, Entry, Grid, NoFusion
+from tokenfusion.fusion.modality import has_batch_norm, silenced, still
 
 
 class _Reached(Exception):
@@ -92,11 +93,12 @@ class _Turn:
         return place.under(self.step, x, args, kwargs)
 
 
-def _called(place: FusedBlock, step: Step, x: Tensor, args: Any, kwargs: Any) -> Any:
+def _called(place: FusedBlock, step: Step, is_whole: bool, x: Tensor, args: Any, kwargs: Any) -> Any:
     """A block called as its network calls it, so that whoever wrapped it (FSDP) is asked; on what was decided."""
     before, place.door.run = place.door.run, _Turn(step)
     try:
-        return place(x, *args, **kwargs)
+        with nullcontext() if is_whole else still(place.block):
+            return place(x, *args, **kwargs)
     finally:
         place.door.run = before
 
@@ -224,15 +226,18 @@ class Stream:
     Args:
         column, network: which one.
         inputs: ``[B, ...]``.
-        present: bool ``[B]``, or None where all samples have it; the others start as zeros after the stem.
+        present: bool ``[B]``, or None where all samples have it; the others start as zeros after the stem, and the batch
+            norms of the network go by their running statistics then, which what is missing must not change.
     """
 
     plain = NoFusion(0, 1)
 
     def __init__(self, column: Column, network: nn.Module, inputs: Tensor, present: Tensor | None) -> None:
         self.column, self.network, self.inputs, self.present = column, network, inputs, present
-        x, self.cues = column.rehearse(network, inputs)
-        self.x = x if present is None else torch.where(present.view(-1, *[1] * (x.dim() - 1)), x, 0)
+        self.is_whole = present is None or not (network.training and has_batch_norm(network)) or bool(present.all())
+        with self._norms():
+            x, self.cues = column.rehearse(network, inputs)
+        self.x = silenced(x, present)
         self.outputs: list[Any] = []
 
     @property
@@ -260,11 +265,15 @@ class Stream:
             place, cue = self.column.places[index], self.cues[index]
             step = Step(self.plain, entry or Entry(self.tokens()[None]), Context(self.grid, self.column.prefix))
             if recomputes and torch.is_grad_enabled():
-                output = checkpoint.checkpoint(_called, place, step, self.x, *cue, use_reentrant=False)
+                output = checkpoint.checkpoint(_called, place, step, self.is_whole, self.x, *cue, use_reentrant=False)
             else:
-                output = _called(place, step, self.x, *cue)
+                output = _called(place, step, self.is_whole, self.x, *cue)
             self.outputs.append(output)
             self.x, entry = cast("Tensor", first_tensor(output)), None
 
     def replay(self) -> tuple[Any, Any]:
-        return self.column.replay(self.network, self.inputs, self.outputs)
+        with self._norms():
+            return self.column.replay(self.network, self.inputs, self.outputs)
+
+    def _norms(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.is_whole else still(self.network)

@@ -12,21 +12,22 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenfusion.backbones.blueprint import NetworkSpec, first_line, spec_of
+from tokenfusion.backbones.blueprint import NetworkSpec, spec_of
 from tokenfusion.backbones.foreign import weight_of
-from tokenfusion.backbones.hub import FusedNetwork, FuserFactory
+from tokenfusion.backbones.hub import FusedNetwork
 from tokenfusion.backbones.lockstep import EXCHANGE_GIVEN, FusedStreams
 from tokenfusion.backbones.sharing import Sharing
 from tokenfusion.components import FUSER_GIVEN, TARGET, Section, find, maker
-from tokenfusion.errors import UserError
+from tokenfusion.errors import UserError, first_line
 from tokenfusion.fusion.crossing import Exchange
-from tokenfusion.fusion.fusers import Fuser
+from tokenfusion.fusion.fusers import Fuser, FuserFactory
 
 FORMAT = 1
 INDEX = "projection"  # index maps lie beside the weights, as projection.RECEIVER.GIVER
 
 Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 DTYPES = get_args(Dtype)
+Words = Literal["int64", "int32"]  # of inputs that are numbers of words; None: that of the weights
 Networks = Mapping[str, nn.Module]  # single-modal, by modality; the shared one under ""
 
 
@@ -79,6 +80,7 @@ class SharedConfig(SavedConfig):
     network: NetworkSpec
     modalities: list[str] | dict[str, int]  # names, with the channels of each where they were given
     example: list[int]  # shape of an input of the network
+    words: Words | None = None
     score_nets: Literal["stage", "block"]
     blocks: list[int] | None
     sharing: Sharing = "default"
@@ -88,7 +90,8 @@ class SharedConfig(SavedConfig):
 
     def _fused(self, networks: Networks, tensors: Mapping[str, Tensor], trust: bool) -> FusedNetwork:
         make = cast("FuserFactory", partial(maker(self.fuser, "fuser", FUSER_GIVEN, trust), seed=self.seed))
-        example, how = zeros(self.example, networks[""]), (self.score_nets, self.blocks, self.alignment, self.sharing)
+        example = zeros(self.example, networks[""], self.words)
+        how = (self.score_nets, self.blocks, self.alignment, self.sharing)
         return FusedNetwork(networks[""], self.modalities, make, example, *how)
 
     def inputs(self, batch: int = 1) -> dict[str, Tensor]:
@@ -97,7 +100,8 @@ class SharedConfig(SavedConfig):
             self.modalities if isinstance(self.modalities, dict) else dict.fromkeys(self.modalities, self.example[1])
         )
         size = self.example[2:]
-        return {name: torch.randn(batch, n, *size, generator=generator) for name, n in channels.items()}
+        drawn = {name: torch.randn(batch, n, *size, generator=generator) for name, n in channels.items()}
+        return drawn if self.words is None else {name: x.zero_().long() for name, x in drawn.items()}
 
 
 class StreamSpec(Section):
@@ -105,7 +109,7 @@ class StreamSpec(Section):
 
     network: NetworkSpec
     example: list[int]
-    dtype: Literal["int64", "int32"] | None = None  # of inputs that are numbers of words; None: that of the weights
+    dtype: Words | None = None
 
 
 class SeparateConfig(SavedConfig):
@@ -193,6 +197,7 @@ def config_of(model: FusedNetwork | FusedStreams, shared: dict[str, str]) -> Sha
             network=spec_of(model.network, model.example_size),
             modalities=names if channels is None else dict(zip(names, channels, strict=True)),
             example=list(model.example_size),
+            words=_words(model.example_dtype),
             **facts,
         )
     projection: dict[str, dict[str, Literal["grid", "index"]]] = {}
@@ -205,11 +210,14 @@ def config_of(model: FusedNetwork | FusedStreams, shared: dict[str, str]) -> Sha
 def _streams(model: FusedStreams) -> dict[str, StreamSpec]:
     streams = {}
     for column in model.columns:
-        size, dtype = column.example_size, column.example.dtype
-        words = None if dtype.is_floating_point else str(dtype).removeprefix("torch.")
+        size, words = column.example_size, _words(column.example.dtype)
         spec = spec_of(model.networks[column.name], size)
-        streams[column.name] = StreamSpec(network=spec, example=list(size), dtype=cast("Any", words))
+        streams[column.name] = StreamSpec(network=spec, example=list(size), dtype=words)
     return streams
+
+
+def _words(dtype: torch.dtype) -> Any:
+    return None if dtype.is_floating_point else str(dtype).removeprefix("torch.")
 
 
 def _dtype(model: nn.Module) -> Any:

@@ -13,13 +13,13 @@ from tokenfusion.backbones.calls import evaluating
 from tokenfusion.backbones.foreign import call, kind_of, position_parameter, resampled_table
 from tokenfusion.backbones.fused import FusedBackbone, FusedFeatures
 from tokenfusion.backbones.grids import grid_of_tokens
-from tokenfusion.backbones.hub import FusedNetwork, FuserFactory
+from tokenfusion.backbones.hub import FusedNetwork
 from tokenfusion.backbones.keys import from_hf_dinov2
 from tokenfusion.backbones.plan import BlockPlan
 from tokenfusion.backbones.sharing import Sharing
 from tokenfusion.backbones.weights import StateDict, fetch, load_into
-from tokenfusion.errors import UserError
-from tokenfusion.fusion.fusers import Grid
+from tokenfusion.errors import UserError, first_line
+from tokenfusion.fusion.fusers import FuserFactory, Grid
 from tokenfusion.fusion.modality import PerModality, merge, split
 
 CHANNELS = 3  # of every modality, as the data brings it
@@ -109,16 +109,21 @@ class DenseBackbone(FusedNetwork):
             with evaluating(self), torch.no_grad():
                 call(self.network, x)
         except (AssertionError, RuntimeError, ValueError) as error:
-            size, reason = f"{x.shape[-2]}x{x.shape[-1]}", str(error).splitlines()[0][:120]
+            rows, columns = x.shape[-2:]
             raise UserError(
-                f"model.backbone: {type(self.network).__name__} takes no images of {size} pixels ({reason}); {self._remedy()}"
+                f"model.backbone: {type(self.network).__name__} takes no images of {rows}x{columns} pixels "
+                f"({first_line(error, 120)}); {self._remedy(rows, columns)}"
             ) from None
 
-    def _remedy(self) -> str:
-        """What to do where a network takes images of one size only."""
+    def _remedy(self, rows: int, columns: int) -> str:
+        """What to do where a network takes images of one size only, of that one for example."""
         kind, own = kind_of(self.network), "x".join(map(str, self.example_size[-2:]))
         if kind == "timm":
-            return "give it img_size="
+            name = getattr(self.network, "default_cfg", {}).get("architecture", "NAME")
+            made = (
+                f"{{_target_: tokenfusion.backbones.foreign.timm_network, name: {name}, img_size: [{rows}, {columns}]}}"
+            )
+            return f"it is made for {own}; for this size: model.backbone='{made}'"
         return f"wanted {own}, {'the image_size of its config.json' if kind == 'hf' else 'as its example has'}"
 
     def _size(self, shape: Sequence[int]) -> Grid:

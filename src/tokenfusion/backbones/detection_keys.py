@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from tokenfusion.backbones.keys import substitutes
 from tokenfusion.backbones.weights import LoadReport, StateDict, load_into
 from tokenfusion.errors import UserError
 
@@ -23,9 +24,8 @@ def _moved(target: str, by: int) -> Callable[[re.Match[str]], str]:
     return lambda match: target.format(*match.groups()[:-1], int(match.groups()[-1]) + by)
 
 
-_RULES: list[tuple[re.Pattern[str], Target]] = [
-    (re.compile(pattern), target)
-    for pattern, target in (
+_name = substitutes(
+    [
         (r"^backbone_net\.sa(\d)\.mlp_module\.layer", _moved("backbone.down.{}.layers.", -1)),
         (r"^backbone_net\.fp(\d)\.mlp\.layer", _moved("backbone.up.{}.layers.", -1)),
         (r"\.conv\.", ".linear."),
@@ -50,8 +50,8 @@ _RULES: list[tuple[re.Pattern[str], Target]] = [
         (r"\.in_proj_", ".qkv."),
         (r"\.out_proj\.", ".proj."),
         (r"^(decoder\.\d+)\.linear(\d)\.", r"\1.fc\2."),
-    )
-]
+    ]
+)
 
 
 def load_groupfree(network: nn.Module, source: StateDict) -> LoadReport:
@@ -64,12 +64,6 @@ def load_groupfree(network: nn.Module, source: StateDict) -> LoadReport:
         if not (key.startswith("heads.") and key in state and state[key].shape != value.shape)
     }
     return load_into(network, fits)
-
-
-def _name(key: str) -> str:
-    for pattern, target in _RULES:
-        key = pattern.sub(target, key)
-    return key
 
 
 def from_groupfree(source: StateDict) -> StateDict:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from tokenfusion.backbones.plan import BlockPlan
 from tokenfusion.backbones.weights import hub_file
-from tokenfusion.errors import UserError, nearest, require
+from tokenfusion.errors import UserError, first_line, nearest, require
 from tokenfusion.fusion.fusers import Grid
 
 POSITION = re.compile(r"(^|\.)(pos_embed|position_embeddings?)(\.weight)?$")
@@ -113,8 +113,7 @@ def timm_network(name: str, **arguments: Any) -> nn.Module:
         except Exception as error:  # whatever the many constructors and the hub's client raise
             refused = error
             break
-    reason = (str(refused).splitlines() or ["arguments that do not fit each other"])[0]
-    raise UserError(f"timm/{name}: {reason[:160]}")
+    raise UserError(f"timm/{name}: {first_line(refused)}")
 
 
 def hf_network(name: str, pretrained: bool = False) -> nn.Module:
@@ -131,7 +130,7 @@ def hf_network(name: str, pretrained: bool = False) -> nn.Module:
             return transformers.AutoModel.from_pretrained(name)
         return transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(name))
     except Exception as error:  # the hub's client raises many kinds
-        raise UserError(f"hf/{name}: {str(error).splitlines()[0][:160]}") from None
+        raise UserError(f"hf/{name}: {first_line(error)}") from None
 
 
 def weight_of(network: nn.Module) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -17,10 +17,8 @@ from tokenfusion.errors import UserError
 from tokenfusion.fusion.alignment import LearnedPosition
 from tokenfusion.fusion.channels import scales_of
 from tokenfusion.fusion.exchange import ExchangeRates
-from tokenfusion.fusion.fusers import Context, Fuser, NoFusion
+from tokenfusion.fusion.fusers import Context, Fuser, FuserFactory, NoFusion
 from tokenfusion.fusion.modality import check_names, merge, presence, silenced, split
-
-FuserFactory = Callable[[int, int, int], Fuser]  # (dim, modalities, stage)
 
 
 class FusedFeatures(NamedTuple):
@@ -78,7 +76,7 @@ class FusedBackbone(nn.Module):
             cast("Fuser", f).adds_tokens for part in self.fusers for f in cast("nn.ModuleList", part)
         ):
             raise ValueError(
-                "its tokens go from block to block, and placement 'last' fuses one of a stage; set 'every'"
+                "this fuser's own tokens go from block to block, and placement 'last' fuses one block of a stage; set 'every'"
             )
         self.plain = NoFusion(0, len(modalities))
         self.position = LearnedPosition(backbone.dims[0]) if alignment else None
@@ -170,7 +168,7 @@ class FusedBackbone(nn.Module):
             shapes = {name: tuple(x.shape) for name, x in inputs.items()}
             raise ValueError(f"aligned modalities must have one shape; got {shapes}")
         self.check_size(some.shape)
-        return torch.stack([inputs.get(name, torch.zeros_like(some)) for name in self.modalities])
+        return torch.stack([inputs[name] if name in inputs else torch.zeros_like(some) for name in self.modalities])
 
     def forward(self, inputs: Mapping[str, Tensor], present: Tensor | None = None) -> FusedFeatures:
         images = self.stack(inputs)

@@ -14,10 +14,11 @@ from tokenfusion.fusion.scores import Reduction, sparsity_loss
 
 
 class FusedOutput(NamedTuple):
-    """What a fused network says, per modality that is present.
+    """What a fused network says, per modality that was given.
 
     ``features``: tokens or maps of its last layer, as the network gives them. ``outputs``: the network's own answer (logits,
-    pooled features, a model output of Hugging Face). ``ensemble``: the learned mean of the answers' first tensor.
+    pooled features, a model output of Hugging Face). ``ensemble``: the learned mean of the answers (logits, else
+    pooled features, else the first tensor).
     ``donors``: in the shape of ``scores``, the score of what would stand in for each token, -1 where nothing would; None
     where the streams share their blocks, and the donors' scores are other rows of ``scores``.
     """

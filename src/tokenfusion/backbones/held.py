@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from tokenfusion.backbones.calls import first_tensor
+from tokenfusion.backbones.calls import first_parameter, first_tensor, given_by_name
 from tokenfusion.backbones.plan import BlockPlan
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.baselines import keys_of
 from tokenfusion.fusion.fusers import Context, Entry, Fuser
-from tokenfusion.fusion.modality import PerModality, merge, split
+from tokenfusion.fusion.modality import TOLD, PerModality, merge, split
 
 
 class Runner(Protocol):
@@ -67,10 +67,10 @@ class FusedBlock(nn.Module):
     def __init__(self, block: nn.Module, plan: BlockPlan, index: int, modalities: int, door: Door) -> None:
         super().__init__()
         self.block, self.plan, self.index, self.modalities, self.door = block, plan, index, modalities, door
-        first = next(iter(inspect.signature(block.forward).parameters.values()), None)
-        self.named = None if first is None else first.name  # what the block calls its tokens
-        self.keyword = self.named if first is not None and first.kind is first.KEYWORD_ONLY else None
         attention = block.get_submodule(plan.parts.attention)
+        self.named, self.named_in_attention = first_parameter(block), first_parameter(attention)
+        first = inspect.signature(block.forward).parameters.get(self.named)
+        self.is_keyword = first is not None and first.kind is first.KEYWORD_ONLY
         attention.register_forward_pre_hook(_Hook(self, "_unite"), with_kwargs=True)
         attention.register_forward_hook(_Hook(self, "_divide"))
         if plan.parts.branch is None:
@@ -95,7 +95,7 @@ class FusedBlock(nn.Module):
             return self.block(*args, **kwargs)
         if args:
             return run.block(self, args[0], args[1:], kwargs)
-        name = self.named if self.named in kwargs else next(iter(kwargs))
+        name = given_by_name(self.named, kwargs)
         return run.block(self, kwargs[name], (), {key: value for key, value in kwargs.items() if key != name})
 
     def run(
@@ -109,6 +109,7 @@ class FusedBlock(nn.Module):
     def under(self, step: Step, x: Tensor, args: Any, kwargs: Any) -> Any:
         """The block on the tokens that were decided on, in the shape of its own input ``x``: its output."""
         self.door.step = step
+        told, TOLD.present = TOLD.present, step.ctx.present  # computed again in a backward pass, nobody else says it
         try:
             x = self.plan.layout.back(merge(step.entry.x), x)
             if step.entry.beside is None:
@@ -119,10 +120,10 @@ class FusedBlock(nn.Module):
             own = whole[:, : x.shape[1]]
             return (own, *output[1:]) if isinstance(output, tuple) else own
         finally:
-            self.door.step = None
+            self.door.step, TOLD.present = None, told
 
     def _called(self, x: Tensor, args: Any, kwargs: Any) -> Any:
-        return self.block(x, *args, **kwargs) if self.keyword is None else self.block(**{self.keyword: x}, **kwargs)
+        return self.block(**{self.named: x}, **kwargs) if self.is_keyword else self.block(x, *args, **kwargs)
 
     def _at_branch(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         step = self.door.step
@@ -159,7 +160,7 @@ class FusedBlock(nn.Module):
         step = self.door.step
         if step is None or not step.fuser.attends_to_all:
             return None
-        name = None if args else next(iter(kwargs))  # some attentions are given their tokens by name
+        name = "" if args else given_by_name(self.named_in_attention, kwargs)
         x = split(kwargs[name] if name else args[0], self.modalities)  # [M, B, N, C]
         if step.ctx.present is not None:
             there = keys_of(step.ctx.present).t().repeat_interleave(x.shape[2], 1)[:, None, None]

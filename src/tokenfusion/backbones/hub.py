@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -26,10 +27,8 @@ from tokenfusion.components import component_of
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.channels import scales_of
 from tokenfusion.fusion.exchange import ExchangeRates
-from tokenfusion.fusion.fusers import Context, Fuser, Grid, NoFusion
-from tokenfusion.fusion.modality import PerModality, check_names, check_tensors, merge, presence, silenced, split
-
-FuserFactory = Callable[[int, int, int], Fuser]  # (dim, modalities, stage)
+from tokenfusion.fusion.fusers import Context, Fuser, FuserFactory, Grid, NoFusion
+from tokenfusion.fusion.modality import TOLD, PerModality, check_names, check_tensors, merge, presence, silenced, split
 
 
 class _Run:
@@ -105,12 +104,11 @@ class FusedNetwork(FusedModel):
             raise ValueError(f"score_nets must be 'stage' or 'block', not {score_nets!r}")
         _check_names(modalities)
         check_unfused(network)
-        _check_all_kept(network)
         self.plain = NoFusion(0, len(modalities))
         self.channels = tuple(modalities.values()) if isinstance(modalities, Mapping) else None
         example = example_of(network) if example is None else example
         self.survey: Survey = survey(network, example, lambda x: answer_of(call(network, x)[1], len(x)))
-        self.example_size = example.shape
+        self.example_size, self.example_dtype = example.shape, example.dtype
         plans = self.survey.blocks
         fusing = _chosen(blocks, len(plans))
         self._fuser_at: list[int | None] = [None] * len(plans)  # block -> index into fusers
@@ -130,6 +128,10 @@ class FusedNetwork(FusedModel):
                 )
             check_divisible(network, len(modalities), example)
         # all is well: only now the network is touched
+        if self.survey.skipped:
+            name, reason = next(iter(self.survey.skipped.items()))
+            count, total = len(self.survey.skipped), len(plans) + len(self.survey.skipped)
+            self.account.append(f"{count} of {total} blocks are not fused: {name}, the first, {reason}")
         if isinstance(modalities, Mapping):
             self.account += adapt_stem(network, self.survey.stem, modalities)
         divide(network, len(modalities), sharing, is_norm)
@@ -140,7 +142,7 @@ class FusedNetwork(FusedModel):
         self.position = position_of(network, plans) if alignment else None
         if alignment and self.position is None:
             kind = type(network).__name__
-            self.account.append(f"alignment changes nothing: {kind} has no position embedding of its own to re-add")
+            self.account.append(f"alignment changes nothing: {kind} has no position embedding that can be re-added")
         for ours in (self.fusers, self.ensemble):
             ours.to(weight_of(network))
         component = component_of(fuser)
@@ -189,13 +191,12 @@ class FusedNetwork(FusedModel):
         Its private norms and the stems that were adapted go on learning unless ``private`` is true, peft's LoRA always.
         """
         keep_weights(self.network)
-        for module in self.network.modules():
-            learning = module.adapted() if isinstance(module, Stems) else [module]
-            is_private = isinstance(module, PerModality | Stems) and (
-                not isinstance(module, OwnLayer) or is_norm(module[0])
-            )
-            for own in learning if not private and is_private else ():
-                own.requires_grad_(True)
+        for module in () if private else self.network.modules():
+            if isinstance(module, Stems):
+                for stem in module.adapted():
+                    stem.requires_grad_(True)
+            elif isinstance(module, PerModality) and (not isinstance(module, OwnLayer) or is_norm(module[0])):
+                module.requires_grad_(True)
 
     def stack(self, inputs: Mapping[str, Tensor], present: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """``{name: [B, ...]} -> [M*B, ...]``, channels padded to the widest, and which are present, ``[M, B]``."""
@@ -252,24 +253,22 @@ class FusedNetwork(FusedModel):
         x, present = self.stack(inputs, present)
         run = _Run(self, present, x.shape, wanted)
         before, self._door.run = self._door.run, run
+        told, TOLD.present = TOLD.present, present
         try:
             called = call(self.network, x)
         finally:
-            self._door.run = before
+            self._door.run, TOLD.present = before, told
         self._scores = run.scores if self.training else None
         return run, called
 
     def _named(self, value: Any, inputs: Mapping[str, Tensor], rows: int) -> dict[str, Any]:
         """Every tensor ``[M*B, ...]`` of a structure, per modality that was given; other tensors as they are."""
 
-        def of(index: int) -> Callable[[Any], Any]:
-            def own(x: Any) -> Any:
-                is_stack = isinstance(x, Tensor) and x.shape[:1] == (rows,)
-                return split(x, len(self.modalities))[index] if is_stack else x
+        def own(x: Any, m: int) -> Any:
+            is_stack = isinstance(x, Tensor) and x.shape[:1] == (rows,)
+            return split(x, len(self.modalities))[m] if is_stack else x
 
-            return own
-
-        return {name: tree_map(of(m), value) for m, name in enumerate(self.modalities) if name in inputs}
+        return {name: tree_map(partial(own, m=m), value) for m, name in enumerate(self.modalities) if name in inputs}
 
     def grid_of(self, plan: BlockPlan, x: Tensor, size: torch.Size) -> Grid:
         """Rows and columns of a block's map, from its input and the size of the network's."""
@@ -298,16 +297,6 @@ def _check_names(modalities: Sequence[str] | Mapping[str, int]) -> None:
     wrong = next((n for n in modalities.values() if type(n) is not int), 0) if isinstance(modalities, Mapping) else 0
     if wrong != 0:
         raise UserError(f"modalities: channels must be whole numbers; got {wrong!r}")
-
-
-def _check_all_kept(network: nn.Module) -> None:
-    """Raise a UserError where a network drops patches: each stream would lose others."""
-    for name, module in network.named_modules():
-        drops = name.rpartition(".")[2] == "patch_drop" or type(module).__name__ == "PatchDropout"
-        if drops and getattr(module, "prob", 0) > 0:
-            raise UserError(
-                f"{type(network).__name__} drops patches in training, in each stream others; set patch_drop_rate=0"
-            )
 
 
 def _made(make: FuserFactory, plan: BlockPlan, modalities: int) -> Fuser:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -11,7 +11,8 @@ from tokenfusion.backbones.weights import StateDict
 from tokenfusion.errors import UserError
 
 
-def _substitutes(rules: list[tuple[str, str | Callable[[re.Match[str]], str]]]) -> Callable[[str], str]:
+def substitutes(rules: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]) -> Callable[[str], str]:
+    """What renames a key by regular expressions, one after the other."""
     compiled = [(re.compile(pattern), target) for pattern, target in rules]
 
     def rename(key: str) -> str:
@@ -22,11 +23,31 @@ def _substitutes(rules: list[tuple[str, str | Callable[[re.Match[str]], str]]]) 
     return rename
 
 
+def joined(tensors: StateDict, parts: Sequence[str], whole: str) -> StateDict:
+    """Matrices whose names differ in one word become one, stacked in this order.
+
+    Args:
+        parts: such as ``.query.``, ``.key.``, ``.value.``.
+        whole: what stands in their place, such as ``.qkv.``.
+
+    Raises:
+        UserError: where one of them is missing.
+    """
+    tensors = dict(tensors)
+    for key in [key for key in tensors if parts[0] in key]:
+        names = [key.replace(parts[0], part) for part in parts]
+        missing = [name for name in names if name not in tensors]
+        if missing:
+            raise UserError(f"{key} is there, and {missing[0]} is missing: not a whole checkpoint")
+        tensors[key.replace(parts[0], whole)] = torch.cat([tensors.pop(name) for name in names])
+    return tensors
+
+
 def _one_less(prefix: str) -> Callable[[re.Match[str]], str]:
     return lambda match: prefix.format(int(match.group(1)) - 1)
 
 
-_segformer = _substitutes(  # original mit_b*.pth, and what the released code keeps of it
+_segformer = substitutes(  # original mit_b*.pth, and what the released code keeps of it
     [
         (r"^patch_embed(\d)\.", _one_less("stages.{}.embed.")),
         (r"^block(\d)\.", _one_less("stages.{}.blocks.")),
@@ -36,7 +57,7 @@ _segformer = _substitutes(  # original mit_b*.pth, and what the released code ke
     ]
 )
 
-_hf_segformer = _substitutes(  # transformers' SegformerModel, with or without its task prefix
+_hf_segformer = substitutes(  # transformers' SegformerModel, with or without its task prefix
     [
         (r"^segformer\.", ""),
         (r"^encoder\.patch_embeddings\.(\d)\.", r"stages.\1.embed."),
@@ -63,14 +84,10 @@ def from_segformer(source: StateDict) -> StateDict:
 def from_hf_segformer(source: StateDict) -> StateDict:
     """transformers' SegformerModel to MiT names: key and value become one matrix; a head's entries are left as they are."""
     renamed = {_hf_segformer(key): value for key, value in source.items()}
-    for key in [k for k in renamed if ".attention.key." in k or ".attention.value." in k]:
-        if ".attention.key." in key:
-            other = key.replace(".attention.key.", ".attention.value.")
-            renamed[key.replace(".attention.key.", ".attention.kv.")] = torch.cat([renamed[key], renamed[other]])
-    return {k: v for k, v in renamed.items() if ".attention.key." not in k and ".attention.value." not in k}
+    return joined(renamed, (".attention.key.", ".attention.value."), ".attention.kv.")
 
 
-_hf_dinov2 = _substitutes(  # transformers' Dinov2Model, with or without its task prefix -> timm's VisionTransformer
+_hf_dinov2 = substitutes(  # transformers' Dinov2Model, with or without its task prefix -> timm's VisionTransformer
     [
         (r"^dinov2\w*\.", ""),
         (r"^embeddings\.position_embeddings$", "pos_embed"),
@@ -91,12 +108,7 @@ _hf_dinov2 = _substitutes(  # transformers' Dinov2Model, with or without its tas
 def from_hf_dinov2(source: StateDict) -> StateDict:
     """transformers' Dinov2Model to timm's names: query, key and value become one matrix; the mask token is left out."""
     renamed = {_hf_dinov2(key): value.float() for key, value in source.items() if not key.endswith("mask_token")}
-    for key in [k for k in renamed if ".attn.query." in k]:
-        parts = [renamed.pop(key.replace(".query.", f".{part}."), None) for part in ("query", "key", "value")]
-        if any(part is None for part in parts):
-            raise UserError(f"{key}: its key or value is missing: not a whole Dinov2Model")
-        renamed[key.replace(".query.", ".qkv.")] = torch.cat([part for part in parts if part is not None])
-    return renamed
+    return joined(renamed, (".attn.query.", ".attn.key.", ".attn.value."), ".attn.qkv.")
 
 
 def from_mit(source: StateDict) -> StateDict:
@@ -113,7 +125,7 @@ def from_mit(source: StateDict) -> StateDict:
     )
 
 
-_released = _substitutes(  # keys of a fused backbone in the released segmentation files, after _segformer
+_released = substitutes(  # keys of a fused backbone in the released segmentation files, after _segformer
     [
         (r"\.module\.", "."),
         (r"\.ln_(\d+)\.", r".\1."),
@@ -147,7 +159,7 @@ def from_released_segmentation(source: StateDict) -> StateDict:
     return ours
 
 
-_mirror = _substitutes(  # the released translation layout, after the decoder's stages were renumbered
+_mirror = substitutes(  # the released translation layout, after the decoder's stages were renumbered
     [
         (r"\.module\.", "."),
         (r"\.lrnorm_(\d+)\.", r".\1."),

@@ -20,7 +20,7 @@ from tokenfusion.errors import UserError
 from tokenfusion.fusion.crossing import Exchange, NoExchange
 from tokenfusion.fusion.exchange import ExchangeRates, exchange_rates
 from tokenfusion.fusion.fusers import Entry
-from tokenfusion.fusion.modality import check_named, check_tensors, presence
+from tokenfusion.fusion.modality import check_named, check_tensors, presence, silenced
 from tokenfusion.fusion.projection import pair_layers
 
 Pair = tuple[str, str]  # receiver, giver
@@ -105,8 +105,10 @@ class FusedStreams(FusedModel):
         for receiver, giver in maps:
             self.givers.setdefault(receiver, []).append(giver)
         self.exchanges = nn.ModuleList(
-            nn.ModuleDict({str(m): exchange(self.columns[m].dim, seed + m) for m in self.givers})
-            for _ in range(self.steps)
+            nn.ModuleDict(
+                {str(m): exchange(self.columns[m].dim, seed + step * len(self.columns) + m) for m in self.givers}
+            )  # no two draw alike
+            for step in range(self.steps)
         )
         self._check_norms()
         self.bridges = nn.ModuleDict(
@@ -265,9 +267,7 @@ class FusedStreams(FusedModel):
         for m, column in enumerate(self.columns):
             x = known[column.name] if column.name in known else self._zeros(column, batch, some.device)
             column.check_channels(x)
-            if present is not None:  # whatever a broken sensor sent, NaN too, goes no further
-                x = torch.where(present[m].view(-1, *[1] * (x.dim() - 1)), x, 0)
-            given.append(x)
+            given.append(silenced(x, None if present is None else present[m]))
         return given, present
 
     def _zeros(self, column: Column, batch: int, device: torch.device) -> Tensor:

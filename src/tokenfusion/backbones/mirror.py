@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenfusion.backbones.block import EPS, Grid
+from tokenfusion.backbones.block import EPS
 from tokenfusion.backbones.mit import Layout, MiT, MiTBlock, Pyramid, Stage, drop_rates, to_tokens
+from tokenfusion.fusion.fusers import Grid
 
 LAYOUT = Layout(heads=(1, 2, 4, 8, 16), reductions=(16, 8, 4, 2, 1), stem=(3, 2))
 NARROW, WIDE = (32, 64, 128, 256, 512), (64, 128, 256, 512, 1024)

@@ -11,6 +11,7 @@ from torch import nn
 from tokenfusion.backbones.calls import first_tensor
 from tokenfusion.backbones.plan import BlockPlan
 from tokenfusion.backbones.survey import is_norm
+from tokenfusion.errors import first_line
 from tokenfusion.fusion.fusers import Fuser
 from tokenfusion.fusion.modality import PerModality
 
@@ -91,6 +92,8 @@ def _told_apart(part: nn.Module, dim: int, works_on: str, places: str) -> str | 
         with torch.no_grad():
             y, turned = (first_tensor(part(z)) for z in (x, x.flip(1)))
     except Exception as error:  # whatever a foreign module raises
-        return f"{works_on} a fixed number of tokens only ({str(error).splitlines()[0][:80]})"
+        if isinstance(error, TypeError):
+            return f"cannot be tried out alone ({first_line(error)})"
+        return f"{works_on} a fixed number of tokens only ({first_line(error)})"
     close = y is not None and turned is not None and torch.allclose(y.flip(1), turned, rtol=1e-3, atol=1e-4)
     return None if close else places

@@ -9,7 +9,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from tokenfusion.backbones.block import EPS, Grid, PreNormBlock, multi_head
+from tokenfusion.backbones.block import EPS, PreNormBlock, multi_head
+from tokenfusion.fusion.fusers import Grid
 from tokenfusion.fusion.memory import linears_behind
 
 WIDTHS = {"b0": (32, 64, 160, 256)}  # all others: 64 128 320 512

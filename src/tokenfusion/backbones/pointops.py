@@ -37,6 +37,8 @@ def furthest_point_sample(xyz: Tensor, count: int) -> Tensor:
         int64 ``[B, count]``.
     """
     _check(xyz)
+    if count < 1:
+        raise ValueError(f"furthest_point_sample: at least one point is wanted, not {count}")
     return torch.ops.tokenfusion.furthest_point_sample(xyz.detach().float(), count)
 
 

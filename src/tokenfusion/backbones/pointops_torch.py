@@ -18,7 +18,7 @@ def furthest_point_sample(xyz: Tensor, count: int, order: Tensor) -> Tensor:
     """``xyz [B, N, 3]`` -> int64 ``[B, count]``; ``order`` int64 ``[N]`` decides ties."""
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
-    size = _square(xyz)
+    size = _square(xyz).to(_wide(xyz))  # 1e-3 is no float32: a single would be compared with what it rounds to
     nearest = torch.where((size > HOLE) & size.isfinite(), FAR, -1.0).to(xyz.dtype)
     rows = torch.arange(len(xyz), device=xyz.device)
     chosen = torch.zeros(len(xyz), count, dtype=torch.int64, device=xyz.device)
@@ -61,10 +61,14 @@ def three_nn(unknown: Tensor, known: Tensor) -> Tensor:
 
 def _square(x: Tensor) -> Tensor:
     """Squared length of ``[..., 3]`` in the order in which the reference rounds: ``fma(z, z, fma(x, x, y * y))``."""
-    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    wide = _wide(x)
     first, second, third = x.unbind(-1)
     total = second * second
     for part in (first, third):
         part = part.to(wide)
         total = (part * part + total).to(x.dtype)
     return total
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tokenfusion.backbones import sealed
-from tokenfusion.backbones.blueprint import build, first_line, undropped
+from tokenfusion.backbones.blueprint import build, undropped
 from tokenfusion.backbones.calls import evaluating
 from tokenfusion.backbones.card import card
 from tokenfusion.backbones.config import (
@@ -37,7 +37,7 @@ from tokenfusion.backbones.hub import FusedNetwork
 from tokenfusion.backbones.lockstep import FusedStreams
 from tokenfusion.backbones.weights import local_folder
 from tokenfusion.components import TARGET, explain
-from tokenfusion.errors import UserError
+from tokenfusion.errors import UserError, first_line
 
 Fused = FusedNetwork | FusedStreams
 Given = nn.Module | Mapping[str, nn.Module] | None  # networks that cannot be built from their names
@@ -136,8 +136,7 @@ def _filled(config: SavedConfig, networks: Mapping[str, nn.Module], state: Mappi
     try:
         model.load_state_dict({name: value for name, value in state.items() if not name.startswith(f"{INDEX}.")})
     except RuntimeError as error:
-        reason = str(error).splitlines()[1:2] or [str(error)]
-        raise UserError(f"the weights do not fit {_named(config)}: {reason[0].strip()[:160]}") from None
+        raise UserError(f"the weights do not fit {_named(config)}: {first_line(error)}") from None
     return model
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tokenfusion.errors import UserError
+from tokenfusion.errors import UserError, first_line
 from tokenfusion.manifest import MANIFEST, file_sha256, flush, read_manifest
 
 CONFIG, MODEL, CARD = "config.json", "model.safetensors", "README.md"
@@ -89,7 +89,7 @@ def read_tensors(weights: Path) -> dict[str, Tensor]:
     try:
         return load_file(weights)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{weights}: not readable ({str(error).splitlines()[0][:120]})") from None
+        raise UserError(f"{weights}: not readable ({first_line(error, 120)})") from None
 
 
 def _file(folder: Path, name: str, digest: str) -> Path:

@@ -27,7 +27,8 @@ def is_norm(module: nn.Module) -> bool:
 
     It may drop and activate too, in children without parameters (timm's BatchNormAct2d).
     """
-    if not NORM.search(type(module).__name__):
+    kind = type(module)
+    if not NORM.search(kind.__name__) or kind.__module__.startswith("torch.nn.utils"):  # there are norms of weights
         return False
     if getattr(module, "normalized_shape", None) == (1,):  # one channel, normed, is its bias and no more
         return False
@@ -67,12 +68,13 @@ def survey(network: nn.Module, example: Any, run: Any) -> Survey:
         run: calls the network: ``run(example)``.
 
     Raises:
-        UserError: where no block can be fused; the first reason is told.
+        UserError: where no block can be fused; the first reason is told. Where chance decides which tokens or blocks are run.
     """
+    _check_all_kept(network)
     blocks, kind = candidates(network), type(network).__name__
     if not blocks:
         raise UserError(f"{kind} has no transformer blocks ({_nearest(network)}); wanted a transformer")
-    shown = noisy(example)
+    shown, before = noisy(example), _chance()
     try:
         calls, stems = seen(network, blocks, shown, run)
     except UserError:
@@ -80,6 +82,10 @@ def survey(network: nn.Module, example: Any, run: Any) -> Survey:
             raise
         shown = example  # its numbers are not any numbers: some choose a row of a table
         calls, stems = seen(network, blocks, shown, run)
+    if not all(map(torch.equal, before, _chance())) and _differ(calls, seen(network, blocks, shown, run)[0]):
+        raise UserError(
+            f"{kind} draws which tokens its blocks are given, in each stream others, in evaluation too; switch that off"
+        )
     plans, skipped = _plans(network, blocks, calls, shown.shape, shown is not example)
     if not plans:
         name, reason = next(iter(skipped.items()))
@@ -87,6 +93,33 @@ def survey(network: nn.Module, example: Any, run: Any) -> Survey:
     see_it = [call for call in stems if call.given is not None and call.given[:2] == shown.shape[:2]]
     stem = see_it[0].name if len(see_it) == 1 and see_it[0].given == shown.shape else None
     return Survey(plans, skipped, stem)
+
+
+def _check_all_kept(network: nn.Module) -> None:
+    """Raise a UserError where a network leaves patches or blocks out in training: each stream would lack others."""
+    kind = type(network).__name__
+    for name, module in network.named_modules():
+        drops = name.rpartition(".")[2] == "patch_drop" or type(module).__name__ == "PatchDropout"
+        if drops and getattr(module, "prob", 0) > 0:
+            raise UserError(f"{kind} drops patches in training, in each stream others; set patch_drop_rate=0")
+        for owner in (module, getattr(module, "config", None)):
+            rate = getattr(owner, "layerdrop", 0)
+            if isinstance(rate, float) and rate > 0:
+                raise UserError(
+                    f"{kind} leaves whole blocks out in training (layerdrop {rate:g}), and with them their exchange; set "
+                    "layerdrop=0 in its config"
+                )
+
+
+def _chance() -> list[Tensor]:
+    """The state of the random generators: whether anything was drawn can be told from it."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+
+
+def _differ(calls: list[Call], again: list[Call]) -> bool:
+    """Whether the first block was given other tokens the second time."""
+    first, second = calls[0].tokens, again[0].tokens
+    return first is not None and second is not None and not torch.equal(first, second)
 
 
 def _nearest(network: nn.Module) -> str:

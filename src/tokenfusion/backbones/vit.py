@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenfusion.backbones.block import EPS, Grid, PreNormBlock, multi_head
+from tokenfusion.backbones.block import EPS, PreNormBlock, multi_head
 from tokenfusion.backbones.mit import drop_rates, to_map, to_tokens
 from tokenfusion.errors import UserError
+from tokenfusion.fusion.fusers import Grid
 
 
 class Size(NamedTuple):
@@ -105,7 +106,7 @@ class ViT(nn.Module):
         if dim % heads:
             raise ValueError(f"dim {dim} must be a multiple of the heads, {heads}")
         if min(grid) < 1:
-            raise ValueError(f"{grid} patches have a position; wanted an init_size of at least {PATCH} x {PATCH}")
+            raise ValueError(f"grid {grid}: wanted at least one row and one column of patches")
         self.dim, self.depth, self.grid = dim, depth, grid
         self.patch_embed = PatchEmbedding(channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))

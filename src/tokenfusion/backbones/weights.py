@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tokenfusion.errors import UserError
+from tokenfusion.errors import UserError, first_line
 
 StateDict = dict[str, Tensor]
 # what the readers raise over a damaged file
@@ -125,7 +125,7 @@ def fetch(name: str) -> StateDict:
     try:
         found = next((path for path in (hub_file(name, file) for file in WEIGHT_FILES) if path is not None), None)
     except Exception as error:  # the hub's client raises many kinds; each means "not from there"
-        reason = str(error).splitlines()[0][:120]
+        reason = first_line(error, 120)
         raise UserError(
             f"{name}: could not be fetched from the hub ({reason}); download it and give the local path"
         ) from None
@@ -158,7 +158,7 @@ def local_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name))
     except Exception as error:  # the hub's client raises many kinds; each means "not from there"
-        reason = str(error).splitlines()[0][:120]
+        reason = first_line(error, 120)
         raise UserError(f"{name}: no such folder, and not to be had from the hub ({reason})") from None
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokenfusion.backbones.block import Grid
 from tokenfusion.backbones.vit import PATCH, SIZES, Size, ViT, resampled
+from tokenfusion.fusion.fusers import Grid
 
 
 class YolosOutput(NamedTuple):
@@ -112,6 +112,8 @@ def yolos(
         raise ValueError(f"YOLOS variant must be one of {', '.join(VARIANTS)}, not {variant!r}")
     size, image, has_mid = VARIANTS[variant]
     rows, columns = image if init_size is None else init_size
+    if min(rows, columns) < PATCH:
+        raise ValueError(f"init_size is {rows} x {columns} pixels; wanted an init_size of at least {PATCH} x {PATCH}")
     vit = ViT(*size, grid=(rows // PATCH, columns // PATCH), drop_path=drop_path)
     return Yolos(vit, classes, detections, has_mid if mid is None else mid)
 

@@ -5,33 +5,36 @@ from __future__ import annotations
 import math
 import re
 
-import torch
+from torch import Tensor
 
-from tokenfusion.backbones.block import Grid
+from tokenfusion.backbones.keys import joined, substitutes
 from tokenfusion.backbones.vit import ViT, resampled
 from tokenfusion.backbones.weights import LoadReport, StateDict, load_into
 from tokenfusion.backbones.yolos import VARIANTS, Yolos
 from tokenfusion.errors import UserError
+from tokenfusion.fusion.fusers import Grid
 
 HEADS = {"class_embed": "class_head", "class_labels_classifier": "class_head"} | {
     "bbox_embed": "box_head",
     "bbox_predictor": "box_head",
 }
-HF_NAMES = [  # transformers' -> published, below the prefixes vit. and backbone.
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.detection_tokens$", "det_token"),
-    (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^encoder\.(interpolation\.)?mid_position_embeddings$", "mid_pos_embed"),
-    (r"^encoder\.layer\.", "blocks."),
-    (r"^layernorm\.", "norm."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.attention\.attention\.", ".attn."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-]
+_from_hf = substitutes(  # transformers' names -> published ones, below the prefixes vit. and backbone.
+    [
+        (r"^embeddings\.position_embeddings$", "pos_embed"),
+        (r"^embeddings\.detection_tokens$", "det_token"),
+        (r"^embeddings\.cls_token$", "cls_token"),
+        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"^encoder\.(interpolation\.)?mid_position_embeddings$", "mid_pos_embed"),
+        (r"^encoder\.layer\.", "blocks."),
+        (r"^layernorm\.", "norm."),
+        (r"\.layernorm_before\.", ".norm1."),
+        (r"\.layernorm_after\.", ".norm2."),
+        (r"\.attention\.attention\.", ".attn."),
+        (r"\.attention\.output\.dense\.", ".attn.proj."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"\.output\.dense\.", ".mlp.fc2."),
+    ]
+)
 
 
 def from_yolos(source: StateDict) -> StateDict:
@@ -66,18 +69,8 @@ def from_hf_yolos(source: StateDict) -> StateDict:
         if not key.startswith("vit."):
             published[key] = value
             continue
-        name = key.removeprefix("vit.")
-        for pattern, target in HF_NAMES:
-            name = re.sub(pattern, target, name)
-        published["backbone." + name] = value
-    for key in [key for key in published if ".attn.query." in key]:
-        names = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        missing = [name for name in names if name not in published]
-        if missing:
-            raise UserError(f"weights with {key} are no YOLOS checkpoint: {missing[0]} is missing")
-        parts = [published.pop(name) for name in names]
-        published[key.replace(".query.", ".qkv.")] = torch.cat(parts)
-    return from_yolos(published)
+        published["backbone." + _from_hf(key.removeprefix("vit."))] = value
+    return from_yolos(joined(published, (".attn.query.", ".attn.key.", ".attn.value."), ".attn.qkv."))
 
 
 def from_deit(source: StateDict, grid: Grid) -> StateDict:
@@ -157,7 +150,7 @@ def _detections(source: StateDict, name: str) -> int:
     return _of_dims(name, source[name], 3).shape[1]
 
 
-def _of_dims(name: str, value: torch.Tensor, dims: int) -> torch.Tensor:
+def _of_dims(name: str, value: Tensor, dims: int) -> Tensor:
     """The tensor, which has so many dimensions and nothing empty among them."""
     if value.dim() != dims or 0 in value.shape:
         raise UserError(f"{name} is {list(value.shape)}; wanted a tensor of {dims} dimensions, as in YOLOS and DeiT")

@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenfusion.data.boxes import FAR_M
 from tokenfusion.data.pcd import parse_pcd
 from tokenfusion.data.ply import parse_ply
-from tokenfusion.errors import UserError
+from tokenfusion.errors import UserError, first_line
 
 COLOURS = (("red", "green", "blue"), ("r", "g", "b"))
 BIN_COLUMNS = (3, 4, 6)
@@ -58,7 +58,7 @@ def read_cloud(path: Path | str, instance: Path | str | None = None, columns: in
     except UserError as error:  # read, but not what is wanted
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # damage shows in many ways
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"{path}: cannot be read as a point cloud ({reason}); the file may be damaged") from None
     kept = np.isfinite(rows).all(1)
     if not kept.any():

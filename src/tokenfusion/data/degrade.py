@@ -6,7 +6,6 @@ and normalised: it means the same to every model.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
+from tokenfusion.data.chance import seeded
 from tokenfusion.data.cloud import Cloud
 from tokenfusion.data.image import measured
 from tokenfusion.data.modality import ModalitySpec
@@ -90,7 +90,7 @@ class Conditions(BaseModel):
         return "".join(f", {part}" for part in parts)
 
     def given(self, kinds: Mapping[str, str]) -> tuple[str, ...]:
-        """The names of the modalities that the model is given.
+        """Check the conditions against the inputs that there are; the names of those that the model is given.
 
         Args:
             kinds: of all modalities, by name; ``points`` is the kind of a cloud.
@@ -121,7 +121,7 @@ PLAIN = Conditions()
 
 def degraded(image: Tensor, spec: ModalitySpec, how: Degradation, id: str, name: str) -> Tensor:
     """A physical image [C, H, W] made worse; rgb stays in whole steps of 0..255, what was not measured stays so."""
-    generator = _generator(id, name)
+    generator = seeded(0, id, name)
     if how.kind == "shift":
         return _shifted(image, int(how.amount), repeats=spec.modality.missing is None and not spec.modality.is_vector)
     if how.kind == "dark":
@@ -165,7 +165,7 @@ def _with_holes(depth: Tensor, share: float, generator: torch.Generator) -> Tens
 
 def degraded_cloud(cloud: Cloud, how: Degradation, id: str) -> Cloud:
     """A cloud made worse: coordinates with noise, or without the points of some cubes, at least one point left."""
-    generator = _generator(id, POINTS)
+    generator = seeded(0, id, POINTS)
     xyz = cloud.points[:, :3]
     if how.kind == "noise":
         noisy = xyz + how.amount * torch.randn(xyz.shape, generator=generator)
@@ -175,8 +175,3 @@ def degraded_cloud(cloud: Cloud, how: Degradation, id: str) -> Cloud:
     dropped = min(round(how.amount * len(xyz)), len(xyz) - 1)
     rows = order[dropped:].sort().values
     return Cloud(cloud.points[rows], None if cloud.box is None else cloud.box[rows])
-
-
-def _generator(id: str, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"0/{id}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))

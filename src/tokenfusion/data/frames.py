@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tokenfusion.data.augment import Augment
+from tokenfusion.data.chance import seeded
 from tokenfusion.data.degrade import PLAIN, Conditions, degraded
 from tokenfusion.data.folder import Folder
 from tokenfusion.data.image import decode, measured
@@ -120,8 +120,7 @@ class Frames(Dataset[Frame]):
         return {n: degraded(x, self.specs[n], worse[n], id, n) if n in worse else x for n, x in raw.items()}
 
     def _generator(self, index: int) -> torch.Generator:
-        key = f"{self.seed}/{int(self._epoch)}/{index % len(self.ids)}".encode()
-        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:4], "little"))
+        return seeded(self.seed, int(self._epoch), index % len(self.ids))
 
     def _check_target(self, id: str, images: dict[str, Tensor], target: Tensor | None) -> None:
         name, image = next(iter(images.items()))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenfusion.data.modality import ModalitySpec
 from tokenfusion.data.prepare.archive import encode_image
-from tokenfusion.errors import UserError
+from tokenfusion.errors import UserError, first_line
 
 
 def read_image(path: Path | str, spec: ModalitySpec) -> Tensor:
@@ -150,7 +150,7 @@ def _read_array(path: Path, keep_palette: bool) -> np.ndarray:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # decoders answer damage with a dozen different exceptions
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         what = "a NumPy array" if path.suffix == ".npy" else "an image"
         raise UserError(f"{path}: cannot be read as {what} ({reason}); the file may be damaged") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tokenfusion.data.chance import seeded
 from tokenfusion.data.cloud import Cloud, with_channels
 from tokenfusion.data.degrade import PLAIN, Conditions, degraded, degraded_cloud
 from tokenfusion.data.folder import Folder
@@ -105,7 +105,7 @@ class Scenes(Dataset[Scene]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Scene:
-        id, generator = self.ids[index], self._generator(index)
+        id, generator = self.ids[index], seeded(self.seed, int(self._epoch), index % len(self.ids))
         motion = None if self.augment is None else self.augment.draw(generator)
         cloud = self._cloud(id)
         rows = draw_rows(len(cloud.points), self.points, generator)
@@ -157,10 +157,6 @@ class Scenes(Dataset[Scene]):
         annotated = self.boxes2d == "annotated"
         shown, mask = annotated_boxes(boxes2d, views) if annotated else projected_boxes(boxes, views)
         return {"boxes2d": shown, "mask2d": mask}
-
-    def _generator(self, index: int) -> torch.Generator:
-        key = f"{self.seed}/{int(self._epoch)}/{index % len(self.ids)}".encode()
-        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:4], "little"))
 
     def _check_owner(self, id: str, owner: Tensor, count: int) -> None:
         if owner.numel() and not (owner.min() >= -1 and owner.max() < count):

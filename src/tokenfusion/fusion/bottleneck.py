@@ -14,9 +14,9 @@ class Bottleneck(Fuser):
     """Every stream attends to its own tokens and to K bottleneck tokens, the only ones through which streams meet (MBT).
 
     Attention bottlenecks (Nagrani et al., NeurIPS 2021): each stream updates a copy of the bottleneck tokens as if they were
-    its own; the mean of the copies goes to the next block. Every block adds an offset of its own, and where the width changes
-    the tokens start again from it (ours, for pyramids). Our blocks update them by attention alone, for the MLP of a MiT
-    looks at a map, which they do not stand in; foreign blocks run on them whole.
+    its own; the mean of the copies goes to the next block. Every fuser adds an offset of its own (blocks that share a fuser
+    share it), and where the width changes the tokens start again from it (ours, for pyramids). Our blocks update them by
+    attention alone, for the MLP of a MiT looks at a map, which they do not stand in; foreign blocks run on them whole.
 
     The copies of missing streams do not count.
 

@@ -18,9 +18,10 @@ class CrossAttention(Fuser):
 
         Q = x W_Q    K = [(x + noise_K) W_K, x phi(x, y) W_K]    V = [(x + noise_V) W_V, y W_V]
 
-    The relation phi tells what y is worth to x: the softmax of a linear layer on both. The noise is learnt, one per block. With
-    more than two streams the attention goes over all that are present (ours). It works on the residual branch of attention,
-    and its output projection starts at zero (ours): a pretrained network starts as it is.
+    The relation phi tells what y is worth to x: the softmax of a linear layer on both. The noise is learnt, one per fuser
+    (blocks that share a fuser share it). With more than two streams the attention goes over all that are present (ours). It
+    works on the residual branch of attention, and its output projection starts at zero (ours): a pretrained network starts as
+    it is.
 
     Args:
         dim, modalities, stage, seed: see :class:`~tokenfusion.fusion.fusers.Fuser`.

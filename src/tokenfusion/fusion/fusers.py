@@ -35,9 +35,9 @@ class Context:
     """What a fuser knows beside the tokens.
 
     Attributes:
-        grid: rows and columns of the token map; its product is N less the prefix.
-        prefix: leading tokens (class, register, detection) that are never scored, exchanged or counted.
-        position: embedding ``[N, C]`` that residual positional alignment re-adds before this block, gradient stopped.
+        grid: rows and columns of the token map, N tokens.
+        prefix: leading tokens (class, register, detection) before these, that are never scored, exchanged or counted.
+        position: embedding ``[prefix + N, C]`` that residual positional alignment re-adds before this block, gradient stopped.
         present: bool ``[M, B]``, or None where every modality is there.
         carried: what a method takes along from block to block of one width, ``[B, K, C]``.
         block: index of the block among those that run in a row.
@@ -58,8 +58,8 @@ class Context:
 class Entry(NamedTuple):
     """What a fuser decides where a block begins."""
 
-    x: Tensor  # [M, B, N, C]: the tokens that the block works on
-    scores: Tensor | None = None  # [M, B, N] of the tokens behind the prefix; None where the method does not score
+    x: Tensor  # [M, B, prefix + N, C]: the tokens that the block works on
+    scores: Tensor | None = None  # [M, B, N]; None where the method does not score
     weight: Tensor | None = None  # [M, B, prefix + N], what the normed tokens are weighed by before attention
     beside: Tensor | None = None  # [M, B, K, C]: tokens of the method's own that attend and are attended to beside x
 
@@ -68,8 +68,8 @@ class Fuser(nn.Module):
     """How one block runs on all streams, from three decisions: :meth:`enter`, :meth:`between`, :meth:`leave`.
 
     They are made before the block, between its norm and its attention, and behind its attention. ``fuser(block, x, ctx) ->
-    (x, scores)`` runs a block of the contract, ``x [M, B, N, C]``, ``scores [M, B, N]`` or None. Blocks that run themselves
-    (those of foreign networks) call the decisions from inside.
+    (x, scores)`` runs a block of the contract: ``x [M, B, prefix + N, C]``, ``scores [M, B, N]`` or None. Blocks that run
+    themselves (those of foreign networks) call the decisions from inside.
 
     Args:
         dim: token width C.
@@ -80,7 +80,7 @@ class Fuser(nn.Module):
 
     threshold: float | None = None
     works_on_normed = False  # decides on normed tokens too, which takes a norm before attention
-    uses_scales = False  # of that norm, one per channel
+    uses_scales = False  # reads the scales of that norm, one per channel
     adds_tokens = False  # uses Entry.beside, which takes blocks that treat their tokens as a set
     can_be_pressed = True  # of methods with a threshold: the l1 norm lowers its scores
     attends_to_all = False  # every stream's queries attend to the keys of all streams
@@ -92,15 +92,15 @@ class Fuser(nn.Module):
         self.seed = seed
 
     def enter(self, x: Tensor, ctx: Context) -> Entry:
-        """Before the block, on its input ``x [M, B, N, C]``."""
+        """Before the block, on its input ``x [M, B, prefix + N, C]``."""
         return Entry(ctx.align(x))
 
     def between(self, normed: Tensor, norm: nn.Module, entry: Entry, ctx: Context) -> Tensor:
-        """Between ``norm`` and attention, on the normed tokens ``[M, B, N, C]``."""
+        """Between ``norm`` and attention, on the normed tokens ``[M, B, prefix + N, C]``."""
         return normed if entry.weight is None else normed * entry.weight.unsqueeze(-1)
 
     def leave(self, attended: Tensor, scores: Tensor | None, ctx: Context) -> Tensor:
-        """Behind the block's attention, on that residual branch ``[M, B, N, C]`` before it is added."""
+        """Behind the block's attention, on that residual branch ``[M, B, prefix + N, C]`` before it is added."""
         return attended
 
     def carry(self, beside: Tensor, ctx: Context) -> None:
@@ -122,7 +122,12 @@ class Fuser(nn.Module):
     def rates(self, scores: Tensor, present: Tensor | None = None) -> ExchangeRates:
         """What this fuser exchanged, from the scores that it returned."""
         assert self.threshold is not None, "only fusers with a threshold exchange by score"
-        return exchange_rates(scores, self.stand_in(scores, present), self.threshold, present)
+        own = torch.arange(self.modalities, device=scores.device).view(-1, 1, 1).expand_as(scores)
+        has = self.stand_in(own, present) != own  # a stream that is alone has nobody to stand in
+        return exchange_rates(scores, self.stand_in(scores, present), self.threshold, present, has)
+
+
+FuserFactory = Callable[[int, int, int], Fuser]  # (dim, modalities, stage)
 
 
 def residual(block: Block, x: Tensor, attended: Tensor, grid: Grid) -> Tensor:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def merge(x: Tensor) -> Tensor:
@@ -62,22 +65,42 @@ def check_tensors(inputs: Mapping[str, Any], least: int = 1) -> None:
 
 
 def silenced(x: Tensor, present: Tensor | None) -> Tensor:
-    """``[M, B, ...]`` with zeros where a modality is missing: what a broken sensor sent, NaN too, goes no further."""
+    """``[M, B, ...]``, or ``[B, ...]`` of one stream, with zeros where a modality is missing.
+
+    What a broken sensor sent, NaN too, goes no further.
+    """
     return x if present is None else torch.where(_there(x, present), x, 0)
 
 
-def untaught(x: Tensor, present: Tensor | None) -> Tensor:
-    """``[M, B, ...]`` through which no gradient flows back where a modality is missing.
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether a layer, or one in it, norms by the statistics of a batch: what is missing must not be among them."""
+    return any(isinstance(layer, _BatchNorm) for layer in module.modules())
 
-    Nobody asks for its answer, but the statistics of a batch hand every sample a share of the others' gradient. Through the
-    norms of a stream that is empty it would grow a thousandfold each.
+
+def on_rows(run: Callable[..., Tensor], there: Tensor, *maps: Tensor) -> Tensor:
+    """What a layer gives of some rows of a batch, as if the others were not in it; zeros for these.
+
+    Args:
+        run: the layer, called on ``maps``.
+        there: bool ``[B]``, at least one of them true.
+        maps: ``[B, ...]``.
     """
-    return x if present is None else torch.where(_there(x, present), x, x.detach())
+    found = run(*(x[there] for x in maps))
+    return found.new_zeros(len(there), *found.shape[1:]).masked_scatter(_there(found, there), found)
+
+
+class _Told(threading.local):
+    """What the forward pass of this thread knows that layers inside a network are not given."""
+
+    present: Tensor | None = None  # bool [M, B]
+
+
+TOLD = _Told()
 
 
 def _there(x: Tensor, present: Tensor) -> Tensor:
-    """``[M, B]`` with as many dimensions as x has."""
-    return present.view(*present.shape, *[1] * (x.dim() - 2))
+    """Who is present, ``[M, B]`` or ``[B]``, with as many dimensions as x has."""
+    return present.view(*present.shape, *[1] * (x.dim() - present.dim()))
 
 
 class PerModality(nn.Module):
@@ -85,7 +108,8 @@ class PerModality(nn.Module):
 
     The paper shares attention and MLP and keeps the norms private ("shared MSA & MLP, unshared LN", Table 8). The copies
     start equal, so a pretrained single-modal network stays what it was. What a network asks the layer for (its weight's
-    dtype), the first copy says.
+    dtype), the first copy says. In training, what norms by the statistics of a batch sees the samples alone that have its
+    modality, where the forward pass tells who is present.
 
     Args:
         module: the layer to copy.
@@ -118,7 +142,32 @@ class PerModality(nn.Module):
     def forward(self, x: Tensor, *args: object) -> Tensor:
         if len(self) == 1:
             return cast("Tensor", self[0](x, *args))
-        return torch.cat([own(stream, *args) for own, stream in zip(self, split(x, len(self)), strict=True)])
+        streams, present = split(x, len(self)), TOLD.present
+        if present is None or not self.training or not has_batch_norm(self[0]):
+            return torch.cat([own(stream, *args) for own, stream in zip(self, streams, strict=True)])
+        rows = present.repeat_interleave(streams.shape[1] // present.shape[1], 1)  # windows are several to a sample
+        seen = zip(self, streams, rows, strict=True)
+        return torch.cat([_of_present(own, stream, there, *args) for own, stream, there in seen])
+
+
+def _of_present(own: nn.Module, x: Tensor, there: Tensor, *args: object) -> Tensor:
+    if int(there.sum()) * x[0, 0].numel() > 1:  # values of a channel
+        return on_rows(lambda some: own(some, *args), there, x)
+    with still(own):  # too few for statistics; called even if nobody is there, for whoever waits for its gradient (DDP)
+        return cast("Tensor", own(x, *args))
+
+
+@contextmanager
+def still(network: nn.Module) -> Iterator[None]:
+    """Batch norms go by their running statistics meanwhile, and leave them as they are."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
+    for norm in norms:
+        norm.training = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.training = True
 
 
 Kinds = tuple[type[nn.Module], ...] | Callable[[nn.Module], bool]

@@ -31,10 +31,10 @@ class ScorePredictor(nn.Module):
     The softmax over the two outputs is evaluated as the sigmoid of their difference, which is the same number.
 
     Args:
-        dim: token width C, a multiple of 4.
+        dim: token width C, at least 4.
         modalities: number of streams M.
-        init_bias: bias of the logit "keep minus replace" at the start. ``None`` draws nothing in: scores start near 0.5, as
-            released; 3.0 starts at 0.95, so that pretrained attention is hardly weakened on the first day.
+        init_bias: bias of the logit "keep minus replace" at the start. ``None`` leaves it at 0: scores start near 0.5, as
+            released; 3.0 starts at 0.95, so that pretrained attention is hardly weakened before they have learned.
 
     Shape: ``[M, B, N, C] -> [M, B, N]`` in 0..1.
     """

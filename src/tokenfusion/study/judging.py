@@ -20,6 +20,7 @@ from tokenfusion.errors import UserError
 from tokenfusion.study.results import TIMES, condition_file, figures, is_judged
 from tokenfusion.tasks.detection3d.inference import infer
 from tokenfusion.tasks.detection3d.task import scenes
+from tokenfusion.tasks.runs import device_of
 
 MOST = 100  # scenes that are timed
 
@@ -44,7 +45,8 @@ def measure(run: Path) -> None:
     if recipe.task != "detection3d":
         raise UserError(f"{run}: is a run of {recipe.task}; seconds per 100 scenes are measured of detection3d")
     model: Any = api.load(run)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(recipe.train)
+    model.to(device)
     folder = Folder(recipe.data.root)
     assert folder.spec.scene is not None, "a detector's data has scenes"
     judged = scenes(recipe, folder, model, recipe.data.val, folder.spec.scene.classes)
@@ -53,9 +55,9 @@ def measure(run: Path) -> None:
         began = time.perf_counter()
         infer(model, collate_scenes([judged[index]]))  # its boxes come back to the CPU: nothing is left to wait for
         taken.append(time.perf_counter() - began)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     timed = taken[1:] or taken
-    content = {"seconds": 100 * statistics.median(timed), "timed": len(timed), "device": device}
+    named = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    content = {"seconds": 100 * statistics.median(timed), "timed": len(timed), "device": named}
     content["of_step"] = figures(run)["step"]
     write_text(run / TIMES, json.dumps(content))
 

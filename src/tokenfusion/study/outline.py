@@ -39,9 +39,9 @@ class Part(Section):
 
     Attributes:
         scales: at which scales it can be run.
-        columns: heading -> a figure of metrics.json, of what ranks a run; ``STREAM/FIGURE`` is another stream's, ``primary``
-            the figure that ranks, ``exchange`` the mean share of exchanged tokens, ``seconds`` those per 100 samples (the run
-            is timed).
+        columns: heading -> a figure: its name in metrics.json, taken of what ranks a run (the ensemble, or a detector's last
+            head); ``STREAM/FIGURE`` is another stream's, ``primary`` the figure that ranks, ``exchange`` the mean share of
+            exchanged tokens in percent, ``seconds`` those per 100 scenes (the run is timed).
         rows: title -> what is run. A row, and a column, with ``{modality}`` in it stands for one of every modality.
         conditions: title -> changes of the recipe's ``evaluation``. Every run is judged under each of them; the table then has
             the conditions in its rows, and the rows in its columns, by the first figure. One with ``{subset}`` in it stands for
@@ -62,6 +62,10 @@ class Part(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Part:
         for title, row in self.rows.items():
+            if row.paper and any("{modality}" in name for name in (title, *self.columns)):
+                raise ValueError(
+                    f"rows.{title}.paper: a {{modality}} stands for several; write those rows or columns out"
+                )
             if row.paper and len(row.paper) != len(self.columns):
                 raise ValueError(
                     f"rows.{title}.paper has {len(row.paper)} numbers; wanted one per column, {len(self.columns)}"
@@ -69,9 +73,8 @@ class Part(Section):
         if sum(row.reference for row in self.rows.values()) > 1:
             raise ValueError("rows: several are the reference; one at most is wanted")
         for title, row in self.rows.items():
-            if any(
-                override.startswith("evaluation.") for override in (*row.set, *(o for s in row.at.values() for o in s))
-            ):
+            overrides = (*row.set, *(override for those in row.at.values() for override in those))
+            if any(re.match(r"evaluation\b", override) for override in overrides):
                 raise ValueError(
                     f"rows.{title} changes evaluation, and a table's runs are judged alike; use conditions"
                 )

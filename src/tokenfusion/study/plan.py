@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ValidationError
+import yaml
+from pydantic import ValidationError
 
 from tokenfusion.api import Recipe, prepare_rooms
 from tokenfusion.components import explain
+from tokenfusion.data.folder import Folder
 from tokenfusion.errors import UserError, nearest
 from tokenfusion.recipe import read_recipe
 from tokenfusion.study.outline import SCALES, Part, Row, Scale, ScaleName, Study, slug
@@ -105,11 +109,11 @@ def _planned(name: str, part: Part, wish: Wish) -> Planned:
     shared = [*scale.set, *wish.overrides]
     recipe = read_recipe(scale.recipe, shared)
     root = wish.data or _rooms(recipe.data.root, wish.out)
-    shared += [f"data.root={root}"] if root else []
+    shared += [_data_at(root)] if root else []
     part = _written_out(part, wish.scale, recipe.data.modalities)
     if wish.recipe:
         part = part.model_copy(update={"conditions": _fitting(part.conditions, recipe.data.modalities)})
-    _check_conditions(name, part, recipe)
+    _check_conditions(name, part, scale.recipe, shared)
     cells = {
         title: [
             Cell(
@@ -133,19 +137,29 @@ def _refuse_varied(part: Part, wish: Wish) -> None:
             raise UserError(f"{override}: is what this study varies; leave it out")
 
 
-def _check_conditions(name: str, part: Part, recipe: Recipe) -> None:
-    """Now, and not after the first run has been trained."""
-    schema: type[BaseModel] = type(recipe.evaluation)
-    for title, changes in part.conditions.items():
-        try:
-            schema.model_validate({**recipe.evaluation.model_dump(), **changes})
-        except ValidationError as error:
-            raise UserError(f"{name}.conditions.{title}: {explain(error, schema)}") from None
-        for unknown in _named(changes) - set(recipe.data.modalities):
-            known = nearest(unknown, recipe.data.modalities)
-            raise UserError(
-                f"{name}.conditions.{title} names {unknown!r}, which is no input of {recipe.task} here; {known}"
-            )
+def _check_conditions(name: str, part: Part, recipe: str, shared: Sequence[str]) -> None:
+    """Of every row, now, and not after its first run has been trained."""
+    for row, of_row in part.rows.items() if part.conditions else ():
+        wanted = read_recipe(recipe, [*shared, *of_row.set])
+        schema: Any = type(wanted.evaluation)
+        for title, changes in part.conditions.items():
+            place = f"{name}.conditions.{title}"
+            try:
+                schema.model_validate({**wanted.evaluation.model_dump(), **changes}).given(_kinds(wanted))
+            except ValidationError as error:
+                raise UserError(f"{place}: {explain(error, schema)}") from None
+            except UserError as error:
+                raise UserError(f"{place}, of {row!r}: {error}") from None
+
+
+def _kinds(recipe: Recipe) -> dict[str, str]:
+    """Every input with its kind, as far as the data are there to tell it; else its name, which most often says it."""
+    names = {name: name for name in recipe.data.modalities}
+    try:
+        known = Folder(recipe.data.root).modalities
+    except UserError:
+        return names
+    return {name: known[name].kind if name in known else name for name in names}
 
 
 def _named(changes: Mapping[str, Any]) -> set[str]:
@@ -184,9 +198,16 @@ def _rooms(root: str, out: Path) -> str | None:
     return str(out / "rooms") if Path(root) == ROOMS and not ROOMS.exists() else None
 
 
+def _data_at(root: str | Path) -> str:
+    """As an override, whose value is read as YAML: a path may hold what means something there."""
+    plain = str(root)
+    is_plain = re.fullmatch(r"[\w./-]+", plain) and yaml.safe_load(plain) == plain
+    return f"data.root={plain if is_plain else json.dumps(plain)}"
+
+
 def draw_rooms(planned: Sequence[Planned], out: Path) -> None:
     """Draw the procedural rooms that the runs want, once."""
-    wanted = f"data.root={out / 'rooms'}"
+    wanted = _data_at(out / "rooms")
     asked = any(wanted in cell.overrides for part in planned for cells in part.cells.values() for cell in cells)
     if asked and not (out / "rooms").exists():
         prepare_rooms(out / "rooms")

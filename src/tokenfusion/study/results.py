@@ -15,10 +15,8 @@ TIMES = "seconds.json"
 
 def figures(run: Path, condition: str = "") -> dict[str, Any]:
     """What a run's ``metrics.json`` holds, or what it reached under a condition; ``seconds`` too where it was timed."""
-    file = condition_file(run, condition) if condition else run / "metrics.json"
-    found = dict(json.loads(file.read_text(encoding="utf-8")))
-    times = run / TIMES
-    return {**found, **json.loads(times.read_text(encoding="utf-8"))} if times.is_file() else found
+    found = _read(condition_file(run, condition) if condition else run / "metrics.json")
+    return {**found, **_read(run / TIMES)} if is_timed(run) else found
 
 
 def condition_file(run: Path, title: str) -> Path:
@@ -27,10 +25,11 @@ def condition_file(run: Path, title: str) -> Path:
 
 
 def is_judged(run: Path, title: str, changes: Mapping[str, Any]) -> bool:
-    """Whether a run has been judged under a condition, as it is now, and the condition meant this."""
+    """Whether a run has been judged under a condition, as it is now and on the same data, and the condition meant this."""
     try:
-        found = figures(run, title)
-        return bool(found["evaluation"] == json.loads(json.dumps(dict(changes))) and found["step"] == _step(run))
+        found, own = _read(condition_file(run, title)), _read(run / "metrics.json")
+        is_meant = found["evaluation"] == json.loads(json.dumps(dict(changes)))
+        return bool(is_meant and all(found.get(key) == own.get(key) for key in ("step", "data")))
     except (OSError, ValueError, KeyError):
         return False
 
@@ -38,17 +37,17 @@ def is_judged(run: Path, title: str, changes: Mapping[str, Any]) -> bool:
 def is_timed(run: Path) -> bool:
     """Whether a run has been timed as it is now."""
     try:
-        return bool(json.loads((run / TIMES).read_text(encoding="utf-8"))["of_step"] == _step(run))
+        return bool(_read(run / TIMES)["of_step"] == _read(run / "metrics.json")["step"])
     except (OSError, ValueError, KeyError):
         return False
 
 
-def _step(run: Path) -> int:
-    return int(json.loads((run / "metrics.json").read_text(encoding="utf-8"))["step"])
+def _read(file: Path) -> dict[str, Any]:
+    return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 def primary(metrics: Mapping[str, Any]) -> str:
-    """The figure that ranks; runs of old state none."""
+    """The name of the figure that ranks; old runs do not state it, theirs is mIoU."""
     return str(metrics.get("primary", "miou"))
 
 
@@ -59,11 +58,13 @@ def check_judged_alike(runs: Sequence[Path]) -> None:
         UserError: names two runs that were judged otherwise.
     """
     told = {run: figures(run) for run in runs}
-    for run, found in told.items():
-        for key in ("protocol", "dataset", "data"):
-            here, there = found.get(key), told[runs[0]].get(key)
-            if here != there and not (key == "data" and None in (here, there)):  # old figures do not tell
+    for key in ("protocol", "dataset", "data"):
+        said = [
+            (run, found.get(key)) for run, found in told.items() if key != "data" or key in found
+        ]  # old ones do not tell
+        for run, value in said[1:]:
+            if value != said[0][1]:
                 raise UserError(
-                    f"{run}: was judged otherwise ({here}) than {runs[0]} ({there}); judge all runs alike with"
+                    f"{run}: was judged otherwise ({value}) than {said[0][0]} ({said[0][1]}); judge all runs alike with"
                     " `tokenfusion eval`, and call again"
                 )

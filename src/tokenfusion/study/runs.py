@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -62,6 +62,9 @@ def carry_out(cells: Mapping[Cell, Part], jobs: int | None = None) -> None:
 
     with ThreadPoolExecutor(jobs) as pool:
         ended = dict(zip(waiting, pool.map(work, waiting), strict=True))
+    alone = _environment(next(iter(devices), ""), 1)
+    for cell in [cell for cell, is_well in ended.items() if is_well and cells[cell].is_timed]:
+        ended[cell] = _run(cell, [JUDGING, str(cell.run), "seconds"], alone)
     failed = [cell.run / "train.log" for cell, is_well in ended.items() if not is_well]
     if failed:
         last = failed[0].read_text(errors="replace").strip().splitlines()[-1:]
@@ -69,6 +72,7 @@ def carry_out(cells: Mapping[Cell, Part], jobs: int | None = None) -> None:
         raise UserError(f"{failed[0]}: this run failed{more} ({' '.join(last)}); mend it and call again")
 
 
+JUDGING = "tokenfusion.study.judging"
 PAPERS = ("recipe.yaml", "dataset.yaml", "metrics.json", "seconds.json", "command.txt", "conditions")
 
 
@@ -77,7 +81,7 @@ def _adopt(cells: Mapping[Cell, Part]) -> set[Cell]:
     taken: set[Cell] = set()
     if not cells:
         return taken
-    others = next(iter(cells)).run.absolute().parents[2].glob("*/*/*-seed*/command.txt")
+    others = next(iter(cells)).run.resolve().parents[2].glob("*/*/*-seed*/command.txt")
     done = {}
     for folder in (file.parent for file in others if (file.parent / "metrics.json").is_file()):
         with suppress(UserError, OSError, ValueError):  # of another version, or damaged: nobody's business here
@@ -85,7 +89,7 @@ def _adopt(cells: Mapping[Cell, Part]) -> set[Cell]:
     for cell, part in cells.items():
         wanted = _wanted(cell)
         other = done.get((_key(wanted), Folder(wanted.data.root).fingerprint()))
-        if other is None or other == cell.run.absolute() or not is_done(cell._replace(run=other), part):
+        if other is None or other == cell.run.resolve() or not is_done(cell._replace(run=other), part):
             continue
         cell.run.mkdir(parents=True, exist_ok=True)
         for name in PAPERS:
@@ -99,7 +103,11 @@ def _adopt(cells: Mapping[Cell, Part]) -> set[Cell]:
 
 
 def _check_steps(cell: Cell) -> None:
-    """Training would go on, at the end of a schedule that was made for fewer steps."""
+    """Refuse a folder that holds a run of another number of steps: training would go on at the end of the wrong schedule.
+
+    Raises:
+        UserError: names both numbers.
+    """
     wanted = old = _wanted(cell).train.steps
     with suppress(UserError):  # nothing there, or damaged: for `train` to say
         old = recipe_of(cell.run).train.steps
@@ -139,19 +147,17 @@ def _work(cell: Cell, part: Part, environment: Mapping[str, str]) -> bool:
     write_text(cell.run / "command.txt", cell.command() + "\n")
     print(f"started:  {cell.command()}", flush=True)
     began = time.monotonic()
-    commands = [["tokenfusion.cli", *cell.words()]]
-    if part.conditions:
-        commands += [["tokenfusion.study.judging", str(cell.run), json.dumps(part.conditions)]]
-    if part.is_timed:
-        commands += [["tokenfusion.study.judging", str(cell.run), "seconds"]]
-    with (cell.run / "train.log").open("ab") as log:
-        is_well = all(
-            subprocess.run([sys.executable, "-m", *words], stdout=log, stderr=log, env=environment).returncode == 0
-            for words in commands
-        )
+    is_well = _run(cell, ["tokenfusion.cli", *cell.words()], environment)
+    if is_well and part.conditions:
+        is_well = _run(cell, [JUDGING, str(cell.run), json.dumps(part.conditions)], environment)
     outcome = _outcome(figures(cell.run)) if is_well else "failed"
     print(f"finished: {cell.run.name} after {time.monotonic() - began:.0f} s, {outcome}", flush=True)
     return is_well
+
+
+def _run(cell: Cell, words: Sequence[str], environment: Mapping[str, str]) -> bool:
+    with (cell.run / "train.log").open("ab") as log:
+        return subprocess.run([sys.executable, "-m", *words], stdout=log, stderr=log, env=environment).returncode == 0
 
 
 def is_done(cell: Cell, part: Part | None = None) -> bool:

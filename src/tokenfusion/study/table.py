@@ -20,10 +20,11 @@ OTHER_DATA = "The paper's numbers are of its own data and networks, and of far l
 
 
 class Entry(NamedTuple):
-    """A place of the table: a figure of some runs, by seed."""
+    """A place of the table: a figure of some runs, by seed, where it is finite."""
 
     figure: str
     values: Mapping[int, float]
+    runs: int
     paper: float | None = None
 
     @property
@@ -35,9 +36,10 @@ class Entry(NamedTuple):
         return deviation(list(self.values.values()))
 
     def text(self) -> str:
-        """Mean ± standard deviation."""
+        """Mean ± standard deviation; of how many runs, where others have no finite figure."""
         spread = "" if self.deviation is None else f" ± {metric.number(self.deviation, self.figure)}"
-        return metric.number(self.mean, self.figure) + spread
+        lost = f" ({len(self.values)} of {self.runs})" if 0 < len(self.values) < self.runs else ""
+        return metric.number(self.mean, self.figure) + spread + lost
 
 
 class Line(NamedTuple):
@@ -89,7 +91,7 @@ def table_of(planned: Planned) -> Table:
     runs = [run for found in done.values() for run in found.values()]
     check_judged_alike(runs)
     first = figures(runs[0]) if runs else {}
-    lines = _conditions(planned, done, first) if planned.part.conditions else _rows(planned, done, first)
+    lines = _conditions(planned, done) if planned.part.conditions else _rows(planned, done, first)
     columns = list(dict.fromkeys(heading for line in lines for heading in line.entries))
     paper = [h for h in columns if any(line.entries[h].paper is not None for line in lines)]
     ours = [h for h in columns if not runs or h not in paper or any(line.entries[h].values for line in lines)]
@@ -97,7 +99,7 @@ def table_of(planned: Planned) -> Table:
     head = "condition" if part.conditions else part.head
     reference = None if part.conditions else part.reference
     ranks = primary(first) if first else ""
-    points = _points(planned, done, ranks) if part.plot == "exchange" else []
+    points = _points(done, ranks) if part.plot == "exchange" else []
     caption = _caption(planned, first, {len(found) for found in done.values() if found})
     note = f"{part.note} {OTHER_DATA}".strip() if paper and planned.scale != "full" else part.note
     return Table(planned.name, caption, note, head, ours, paper, lines, reference, ranks, points)
@@ -112,7 +114,7 @@ def _rows(planned: Planned, done: Mapping[str, Mapping[int, Path]], first: Mappi
         paper = row.paper or (None,) * len(part.columns)
         entries = {
             heading: _entry(done[title], figure, number)
-            for (heading, figure), number in zip(part.columns.items(), paper, strict=False)
+            for (heading, figure), number in zip(part.columns.items(), paper, strict=True)
         }
         reference = ranked[part.reference] if part.reference and title != part.reference else None
         difference = paired(ranked[title].values, reference.values) if reference else None
@@ -120,7 +122,7 @@ def _rows(planned: Planned, done: Mapping[str, Mapping[int, Path]], first: Mappi
     return lines
 
 
-def _conditions(planned: Planned, done: Mapping[str, Mapping[int, Path]], first: Mapping[str, Any]) -> list[Line]:
+def _conditions(planned: Planned, done: Mapping[str, Mapping[int, Path]]) -> list[Line]:
     """One line per condition under which all runs were judged, the runs' rows in its columns."""
     figure = next(iter(planned.part.columns.values()))
     lines = []
@@ -138,7 +140,7 @@ def _entry(runs: Mapping[int, Path], figure: str, paper: float | None = None, co
     found = {seed: figures(run, condition) for seed, run in runs.items()}
     named = next((primary(metrics) for metrics in found.values()), figure) if "primary" in figure else figure
     values = {seed: value_of(metrics, figure) for seed, metrics in found.items()}
-    return Entry(named.rpartition("/")[2], metric.finite(values), paper)
+    return Entry(named.rpartition("/")[2], metric.finite(values), len(values), paper)
 
 
 def value_of(metrics: Mapping[str, Any], figure: str) -> float | None:
@@ -159,7 +161,7 @@ def value_of(metrics: Mapping[str, Any], figure: str) -> float | None:
     return None if value is None else float(value)
 
 
-def _points(planned: Planned, done: Mapping[str, Mapping[int, Path]], ranks: str) -> list[Point]:
+def _points(done: Mapping[str, Mapping[int, Path]], ranks: str) -> list[Point]:
     """Every finished run that exchanges, with its theta and lambda."""
     points = []
     for runs in done.values():

@@ -75,7 +75,7 @@ def comma_separated(planned: Sequence[Planned], tables: Sequence[Table]) -> str:
     for part, table in zip(planned, tables, strict=True):
         for line in table.lines:
             for heading, entry in line.entries.items():
-                cells = part.cells.get(line.title) or part.cells.get(heading, [])
+                cells = part.cells[heading if part.part.conditions else line.title]
                 changes = part.part.conditions.get(line.title)
                 commands = {cell.seed: _behind(cell, line.title, changes, entry.figure) for cell in cells}
                 for seed, value in _values(entry):

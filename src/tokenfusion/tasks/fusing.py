@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from tokenfusion.backbones.dense import FusedPyramid
-from tokenfusion.backbones.fused import FusedBackbone, FuserFactory
+from tokenfusion.backbones.fused import FusedBackbone
 from tokenfusion.backbones.mit import Pyramid
 from tokenfusion.backbones.sharing import Sharing
 from tokenfusion.components import FUSER_GIVEN, maker
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.channels import scale_penalty
 from tokenfusion.fusion.exchange import ExchangeRates
-from tokenfusion.fusion.fusers import Fuser
+from tokenfusion.fusion.fusers import Fuser, FuserFactory
 from tokenfusion.fusion.pressure import Pressure
 from tokenfusion.fusion.scores import Reduction, sparsity_loss
 

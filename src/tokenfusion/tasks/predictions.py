@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
@@ -90,7 +91,8 @@ class Predictor(Predicts):
         specs = folder.select(names)
         missing = sorted(path for i in ids for n in names if not (path := folder.image_path(i, n)).is_file())
         if missing:
-            raise UserError(f"{missing[0]}: no such file, and {len(missing) - 1} more are missing")
+            more = f", and {len(missing) - 1} more are missing" if missing[1:] else ""
+            raise UserError(f"{missing[0]}: no such file{more}")
         sources = {
             folder.image_path(i, n) for i in ids for n in folder.modalities
         }  # the truth, too, is not written over
@@ -130,7 +132,7 @@ def score_arrays(backbone: FusedPyramid, scores: Sequence[Tensor], size: Sequenc
 
 def save_npz(path: Path, arrays: Mapping[str, np.ndarray | np.generic]) -> None:
     """Compressed, under exactly this name, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     temporary.replace(path)

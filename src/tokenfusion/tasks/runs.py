@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tokenfusion.components import read_yaml, write_text
 from tokenfusion.data.folder import DatasetSpec, Folder
-from tokenfusion.errors import UserError
+from tokenfusion.errors import UserError, first_line
 from tokenfusion.train import WITHOUT_EFFECT_ON_WEIGHTS, Checkpoints, TrainSettings, load_model
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -36,9 +36,9 @@ def settle(recipe: BaseModel, dataset: DatasetSpec, out: Path) -> None:
     """Write recipe.yaml and dataset.yaml into a run folder.
 
     Raises:
-        UserError: where it holds checkpoints of another recipe or of data with other classes, or cannot be written.
+        UserError: where it holds a run of another recipe or of data with other classes, or cannot be written.
     """
-    if is_started(out):
+    if is_started(out) or (out / "metrics.json").is_file():  # figures stay where weights have been moved away
         _check_same(recipe, dataset, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def _load_weights(model: nn.Module, run: Path, checkpoint: str) -> dict[str, Any
     try:
         model.load_state_dict(own)
     except RuntimeError as error:
-        raise UserError(f"{run}: the checkpoint does not fit recipe.yaml ({_reason(error)})") from None
+        raise UserError(f"{run}: the checkpoint does not fit recipe.yaml ({first_line(error)})") from None
     return state
 
 
@@ -139,13 +139,9 @@ def save_weights(
     try:
         model.load_state_dict(dict(tensors))
     except RuntimeError as error:
-        raise UserError(f"the weights do not fit the model: {_reason(error)}") from None
+        raise UserError(f"the weights do not fit the model: {first_line(error)}") from None
     settle(recipe, dataset, out)
     Checkpoints(out).save(0, {f"model.{name}": value for name, value in model.state_dict().items()}, {}, {"step": 0})
-
-
-def _reason(error: RuntimeError) -> str:
-    return str(error).splitlines()[1].strip()[:160]
 
 
 def device_of(settings: TrainSettings) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokenfusion.backbones.calls import evaluating
 from tokenfusion.backbones.dense import FusedPyramid
 from tokenfusion.components import write_text
 from tokenfusion.data.frames import Frame, Frames
@@ -40,17 +41,15 @@ def write_samples(
     out.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
     chosen = np.linspace(0, len(frames) - 1, min(COUNT, len(frames))).round().astype(int)
-    was_training = model.training
-    model.eval()
-    for number in chosen:
-        frame = frames[int(number)]
-        arrays = {f"input/{name}": frames.folder.display(frame.id, name) for name in frame.inputs}
-        with torch.inference_mode():
-            shown, scores = see(frame, {name: x.to(device) for name, x in frame.inputs.items()})
-        maps = score_arrays(backbone, scores, next(iter(frame.inputs.values())).shape[-2:])
-        maps = {f"scores/{name}": values for name, values in maps.items()}
-        save_npz(out / f"{frame.id.replace('/', '_')}.npz", {**arrays, **shown, **maps})
-    model.train(was_training)
+    with evaluating(model):
+        for number in chosen:
+            frame = frames[int(number)]
+            arrays = {f"input/{name}": frames.folder.display(frame.id, name) for name in frame.inputs}
+            with torch.inference_mode():
+                shown, scores = see(frame, {name: x.to(device) for name, x in frame.inputs.items()})
+            maps = score_arrays(backbone, scores, next(iter(frame.inputs.values())).shape[-2:])
+            maps = {f"scores/{name}": values for name, values in maps.items()}
+            save_npz(out / f"{frame.id.replace('/', '_')}.npz", {**arrays, **shown, **maps})
     common = {
         "ids": [frames.ids[int(i)].replace("/", "_") for i in chosen],
         "modalities": list(backbone.modalities),

@@ -51,7 +51,7 @@ def fit(
     """Train a task; where ``run_dir`` holds checkpoints, go on from the newest whole one.
 
     Args:
-        task: see :class:`Task`; it is trained in place and returned to no one.
+        task: see :class:`Task`; it is trained in place.
         train_data: a data set with a length. An item is a function of (seed, epoch, index): where the data set has
             ``set_epoch(epoch)``, it is called before the items of an epoch are asked for.
         run_dir: gets ``metrics.jsonl`` and ``checkpoints/``.

@@ -23,18 +23,22 @@ class ParameterGroup(NamedTuple):
     weight_decay: bool | float = True
 
 
-NORMS = (nn.LayerNorm, nn.BatchNorm2d)
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
 def by_decay(role: str, module: nn.Module, lr_scale: float = 1.0, decay_norms: bool = False) -> list[ParameterGroup]:
     """What of a part is trained: its norm layers do not decay unless asked for."""
-    norms = [
-        p for m in module.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False) if p.requires_grad
-    ]
+    norms = [p for m in module.modules() if _is_norm(m) for p in m.parameters(recurse=False) if p.requires_grad]
     known = {id(p) for p in norms}
     rest = [p for p in module.parameters() if p.requires_grad and id(p) not in known]
     groups = [ParameterGroup(role, rest, lr_scale, True), ParameterGroup(f"{role} norms", norms, lr_scale, decay_norms)]
     return [group for group in groups if group.params]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """By its class, or by what that is called (networks bring their own ``RmsNorm``) and one number per channel."""
+    own = list(module.parameters(recurse=False))
+    return isinstance(module, NORMS) or ("norm" in type(module).__name__.lower() and all(p.dim() == 1 for p in own))
 
 
 def without_decay(role: str, module: nn.Module | None, lr_scale: float = 1.0) -> list[ParameterGroup]:

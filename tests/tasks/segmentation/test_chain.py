@@ -290,6 +290,15 @@ def test_a_run_is_lengthened_but_not_given_other_classes(rooms: Path, tmp_path: 
     assert (tmp_path / "run" / "dataset.yaml").read_text() == before
 
 
+def test_without_a_labelled_pixel_there_is_nothing_to_judge(run: Path, rooms: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "rooms"
+    shutil.copytree(rooms, folder)
+    for file in folder.glob("label/*.png"):
+        Image.fromarray(np.full_like(np.asarray(Image.open(file)), 255)).save(file)
+    with pytest.raises(tokenfusion.UserError, match="split val has no pixel with a class; there is nothing to judge"):
+        api.evaluate(run, data=folder)
+
+
 def test_a_label_out_of_range_is_named(rooms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = tmp_path / "rooms"
     shutil.copytree(rooms, copy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -14,7 +15,7 @@ from tokenfusion.backbones.keys import from_released_segmentation
 from tokenfusion.backbones.mit import mit
 from tokenfusion.backbones.weights import read_checkpoint
 from tokenfusion.fusion import NoFusion, TokenFusion, sparsity_loss
-from tokenfusion.tasks.segmentation.head import SegFormerHead
+from tokenfusion.tasks.segmentation.head import LinearHead, SegFormerHead
 from tokenfusion.tasks.segmentation.losses import upsampled_cross_entropy
 from tokenfusion.tasks.segmentation.model import FusedSegmenter, SegmentationOutput
 
@@ -150,3 +151,26 @@ def test_all_parameters_belong_to_the_optimiser(small_segmenter) -> None:
 
 def test_modalities_are_named_in_order(small_segmenter) -> None:
     assert small_segmenter(NoFusion, 3).modalities == ("rgb", "depth", "thermal")
+
+
+@pytest.mark.parametrize("kind", [SegFormerHead, LinearHead])
+def test_what_is_missing_is_not_among_the_heads_statistics(kind: type) -> None:
+    torch.manual_seed(0)
+    backbone = FusedBackbone(mit("b0", drop_path=0.0), NAMES, NoFusion)
+    model = FusedSegmenter(backbone, kind(backbone.dims, 5, dropout=0.0)).train()
+    x = {name: torch.randn(3, 3, 64, 64) for name in NAMES}
+    with_none, with_one = copy.deepcopy(model), copy.deepcopy(model)
+    alone = with_none({"rgb": x["rgb"]}).logits["rgb"]
+    present = torch.tensor([[True, True, True], [False, True, False]])
+    beside = with_one(x, present)
+    torch.testing.assert_close(with_none.head.norm.running_mean, _running_mean(model, x["rgb"]))
+    assert not torch.allclose(with_one.head.norm.running_mean, with_none.head.norm.running_mean), "one depth map more"
+    assert torch.isfinite(beside.ensemble).all()
+    assert alone.shape == beside.logits["rgb"].shape
+
+
+def _running_mean(model: FusedSegmenter, x: Tensor) -> Tensor:
+    """What the head's batch norm keeps of one stream, run without any other."""
+    model = copy.deepcopy(model)
+    model.head([maps[0] for maps in model.backbone({"rgb": x}).maps])
+    return model.head.norm.running_mean

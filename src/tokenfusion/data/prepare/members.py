@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple
 
-from tokenfusion.errors import UserError
+from tokenfusion.errors import UserError, first_line
 
 TARS = (".tar", ".tar.gz", ".tgz")
 SUFFIXES = (*TARS, ".zip")
@@ -100,5 +100,5 @@ def _names(archive: Path, suffix: str) -> list[str]:
         with tarfile.open(archive) as file:
             return [info.name for info in file if info.isfile()]
     except DAMAGE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
+        reason = first_line(error).rstrip(":")
         raise UserError(f"{archive}: cannot be read as an archive ({reason}); download it again") from None

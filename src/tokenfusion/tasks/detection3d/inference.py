@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenfusion.backbones.calls import evaluating
 from tokenfusion.backbones.pointnet2 import PointIndices
 from tokenfusion.data.scenes import SceneBatch, Scenes, collate_scenes
 from tokenfusion.tasks.detection3d.groupfree import GroupFree, GroupFreeOutput
@@ -67,25 +68,23 @@ def evaluate(model: FusedDetector, scenes: Scenes, protocol: Protocol, rank: int
 
     Each repetition draws other points of the clouds: ``protocol.repeats`` of them.
     """
-    was_training = model.training
-    model.eval()
     rates, runs = MeanRates(), []
     indices = range(rank, len(scenes), world)
-    for repetition in range(protocol.repeats):
-        scenes.set_epoch(repetition)
-        run: dict[str, AveragePrecision] = {}
-        for index in indices:
-            batch = collate_scenes([scenes[index]])
-            assert batch.truth is not None, "evaluation needs boxes"
-            truth, labels = batch.truth.boxes[0][batch.truth.mask[0]], batch.truth.labels[0][batch.truth.mask[0]]
-            seen = infer(model, batch)
-            for head, found in seen.detections.items():
-                kept = suppress(found, batch.points[0, :, :3], protocol)
-                score = run.setdefault(head, AveragePrecision(len(scenes.classes), protocol))
-                score.add(kept, truth, labels, scenes.ids[index])
-            rates.add(model.rates(seen.output))
-        runs.append(run)
-    model.train(was_training)
+    with evaluating(model):
+        for repetition in range(protocol.repeats):
+            scenes.set_epoch(repetition)
+            run: dict[str, AveragePrecision] = {}
+            for index in indices:
+                batch = collate_scenes([scenes[index]])
+                assert batch.truth is not None, "evaluation needs boxes"
+                truth, labels = batch.truth.boxes[0][batch.truth.mask[0]], batch.truth.labels[0][batch.truth.mask[0]]
+                seen = infer(model, batch)
+                for head, found in seen.detections.items():
+                    kept = suppress(found, batch.points[0, :, :3], protocol)
+                    score = run.setdefault(head, AveragePrecision(len(scenes.classes), protocol))
+                    score.add(kept, truth, labels, scenes.ids[index])
+                rates.add(model.rates(seen.output))
+            runs.append(run)
     return Result(runs, rates.means(), len(indices))
 
 

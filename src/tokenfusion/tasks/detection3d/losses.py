@@ -15,6 +15,7 @@ from tokenfusion.backbones.pointops import gather
 from tokenfusion.components import Section
 from tokenfusion.data.boxes import axis_aligned_extent
 from tokenfusion.tasks.detection3d.groupfree import GroupFreeOutput, HeadOutput
+from tokenfusion.tasks.precision import at_least_single
 
 if TYPE_CHECKING:
     from tokenfusion.data.scenes import SceneTruth
@@ -155,7 +156,7 @@ def heading_target(yaw: Tensor, bins: int) -> tuple[Tensor, Tensor]:
 
 def focal(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
     """Sigmoid focal loss (Lin et al., 2017) element by element; ``labels`` bool."""
-    logits = _full(logits)
+    logits = at_least_single(logits)
     wanted = labels.to(logits.dtype)
     wrong = torch.where(labels, -logits, logits).sigmoid()
     weight = torch.where(labels, alpha, 1 - alpha)
@@ -164,7 +165,7 @@ def focal(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.
 
 def _stacked(heads: Sequence[HeadOutput]) -> HeadOutput:
     """Every tensor with an axis of heads in front."""
-    parts = [None if of[0] is None else _full(torch.stack(of)) for of in zip(*heads, strict=True)]
+    parts = [None if of[0] is None else at_least_single(torch.stack(of)) for of in zip(*heads, strict=True)]
     return HeadOutput(*parts)  # type: ignore[arg-type]
 
 
@@ -193,8 +194,3 @@ def _cross_entropy(scores: Tensor, number: Tensor) -> Tensor:
 
 def _smooth_l1(error: Tensor, delta: float) -> Tensor:
     return F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none", beta=delta)
-
-
-def _full(x: Tensor) -> Tensor:
-    """At least single precision, whatever autocast made of it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

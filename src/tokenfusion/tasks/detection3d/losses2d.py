@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from tokenfusion.backbones.yolos import YolosOutput
 from tokenfusion.components import Section
+from tokenfusion.tasks.precision import at_least_single
 
 TINY = 1e-9  # area below which a box counts as none
 
@@ -72,8 +73,8 @@ def match(output: YolosOutput, boxes: Tensor, labels: Tensor, mask: Tensor, sett
     """
     from scipy.optimize import linear_sum_assignment  # a slow import
 
-    probability = _full(output.logits).softmax(-1)
-    found, wanted = _full(output.boxes).unsqueeze(2), _full(boxes).unsqueeze(1)
+    probability = at_least_single(output.logits).softmax(-1)
+    found, wanted = at_least_single(output.boxes).unsqueeze(2), at_least_single(boxes).unsqueeze(1)
     index = labels.clamp(min=0).unsqueeze(1).expand(-1, probability.shape[1], -1)
     cost = settings.l1 * (found - wanted).abs().sum(-1) - settings.giou * giou(found, wanted)
     cost = cost - settings.classes * probability.gather(2, index)
@@ -106,8 +107,8 @@ def yolos_losses(
         mask = mask & present.unsqueeze(1)
     tokens = match(output, boxes, labels, mask, settings)
     matched, count = tokens >= 0, mask.sum().clamp(min=1)
-    found = _full(output.boxes).gather(1, tokens.clamp(min=0).unsqueeze(-1).expand(-1, -1, 4))
-    l1, overlap = (found - boxes).abs().sum(-1), giou(found, _full(boxes))
+    found = at_least_single(output.boxes).gather(1, tokens.clamp(min=0).unsqueeze(-1).expand(-1, -1, 4))
+    l1, overlap = (found - boxes).abs().sum(-1), giou(found, at_least_single(boxes))
     return {
         "classes2d": settings.classes * _class_loss(output.logits, tokens, labels, settings.no_object, present),
         "l1_2d": settings.l1 * torch.where(matched, l1, 0).sum() / count,
@@ -120,7 +121,7 @@ def _class_loss(logits: Tensor, tokens: Tensor, labels: Tensor, no_object: float
     batch, detections, none = logits.shape[0], logits.shape[1], logits.shape[2] - 1
     target = labels.new_full((batch, detections + 1), none)  # its last column takes what is not matched
     target = target.scatter(1, torch.where(tokens >= 0, tokens, detections), labels)[:, :-1]
-    loss = F.cross_entropy(_full(logits).transpose(1, 2), target, reduction="none")
+    loss = F.cross_entropy(at_least_single(logits).transpose(1, 2), target, reduction="none")
     weight = torch.ones_like(loss).masked_fill(target == none, no_object)
     if present is not None:
         weight = weight * present.unsqueeze(1)
@@ -136,8 +137,3 @@ def postprocess(output: YolosOutput, sizes: Tensor) -> Found2d:
     scores, classes = output.logits.softmax(-1)[..., :-1].max(-1)
     scale = sizes.flip(-1).repeat(1, 2).unsqueeze(1)
     return Found2d(scores, classes, corners(output.boxes) * scale)
-
-
-def _full(x: Tensor) -> Tensor:
-    """At least single precision, whatever autocast made of it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

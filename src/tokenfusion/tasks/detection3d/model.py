@@ -118,11 +118,13 @@ class FusedDetector(nn.Module):
         projection: Tensor | None = None,
         index: PointIndices | None = None,
     ) -> DetectionOutput:
-        """Args:
-        points: ``[B, N, 3 + C]``, upright metres.
-        images: ``[B, V, 3, H, W]`` normalised; a view that is missing has a projection of zeros.
-        projection: ``[B, V, 3, 4]``, see :func:`~tokenfusion.fusion.projection.project`.
-        index: the indices of the points, where the loader found them.
+        """What every head says of the proposals, what the image's boxes are, and what was exchanged.
+
+        Args:
+            points: ``[B, N, 3 + C]``, upright metres.
+            images: ``[B, V, 3, H, W]`` normalised; a view that is missing has a projection of zeros.
+            projection: ``[B, V, 3, 4]``, see :func:`~tokenfusion.fusion.projection.project`.
+            index: the indices of the points, where the loader found them.
         """
         seeds = self.points.encode(points, index)
         if self.image is None or images is None or projection is None or images.shape[1] == 0:

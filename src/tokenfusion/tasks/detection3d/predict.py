@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tokenfusion.backbones.calls import evaluating
 from tokenfusion.components import write_text
 from tokenfusion.data.boxes import corners
 from tokenfusion.data.cloud import read_cloud, with_channels
@@ -220,11 +221,9 @@ def write_samples(model: FusedDetector, judged: Scenes, protocol: Protocol, out:
     out.mkdir(parents=True, exist_ok=True)
     chosen = np.linspace(0, len(judged) - 1, min(SAMPLES, len(judged))).round().astype(int).tolist()
     judged.set_epoch(0)
-    was_training = model.training
-    model.eval()
-    for number in chosen:
-        _write_sample(model, judged, protocol, number, out)
-    model.train(was_training)
+    with evaluating(model):
+        for number in chosen:
+            _write_sample(model, judged, protocol, number, out)
     ids = [judged.ids[i].replace("/", "_") for i in chosen]
     modalities = [POINTS, IMAGE] if judged.has_images else [POINTS]
     palette = default_palette(len(judged.classes)).tolist()

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokenfusion.backbones.calls import evaluating
 from tokenfusion.data.degrade import Conditions
 from tokenfusion.data.frames import Frames
 from tokenfusion.tasks.fusing import MeanRates, Rates
@@ -108,18 +109,16 @@ def evaluate(
     A modality that the frames leave out has no stream of its own.
     """
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     streams = [*(n for n in model.modalities if n in frames.specs), "ensemble"]
     confusion = {n: torch.zeros(classes, classes, dtype=torch.int64) for n in streams}
     rates = MeanRates()
     indices = range(rank, len(frames), world)
-    for index in indices:
-        frame = frames[index]
-        assert frame.target is not None, "evaluation needs labels"
-        seen = infer(model, {n: x.to(device) for n, x in frame.inputs.items()}, frame.target.shape, protocol)
-        for name, prediction in seen.predictions.items():
-            confusion[name] += confusion_matrix(frame.target, prediction.cpu(), classes)
-        rates.add(model.backbone.rates(seen.scores, seen.present))
-    model.train(was_training)
+    with evaluating(model):
+        for index in indices:
+            frame = frames[index]
+            assert frame.target is not None, "evaluation needs labels"
+            seen = infer(model, {n: x.to(device) for n, x in frame.inputs.items()}, frame.target.shape, protocol)
+            for name, prediction in seen.predictions.items():
+                confusion[name] += confusion_matrix(frame.target, prediction.cpu(), classes)
+            rates.add(model.backbone.rates(seen.scores, seen.present))
     return Result(confusion, rates.means(), len(indices))

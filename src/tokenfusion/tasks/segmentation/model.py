@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tokenfusion.backbones.dense import FusedPyramid
 from tokenfusion.fusion.ensemble import LearnedEnsemble
-from tokenfusion.fusion.modality import merge, split, untaught
+from tokenfusion.fusion.modality import merge, on_rows, split
 
 
 class SegmentationOutput(NamedTuple):
@@ -42,13 +42,19 @@ class FusedSegmenter(nn.Module):
         return self.backbone.modalities
 
     def forward(self, inputs: Mapping[str, Tensor], present: Tensor | None = None) -> SegmentationOutput:
-        """Args:
-        inputs: ``{name: [B, 3, H, W]}`` normalised; names may be missing.
-        present: bool ``[M, B]``, which samples have which modality.
+        """Logits of every stream that was given, and of their ensemble.
+
+        Args:
+            inputs: ``{name: [B, 3, H, W]}`` normalised; names may be missing.
+            present: bool ``[M, B]``, which samples have which modality.
         """
         features = self.backbone(inputs, present)
-        maps = [merge(untaught(x, features.present)) for x in features.maps]
-        logits = split(self.head(maps), len(self.modalities))
+        maps, present = [merge(x) for x in features.maps], features.present
+        if present is None or not self.training:
+            logits = self.head(maps)
+        else:  # its batch norm is for what there is
+            logits = on_rows(lambda *some: self.head(some), present.flatten(), *maps)
+        logits = split(logits, len(self.modalities))
         named = {name: logits[i] for i, name in enumerate(self.modalities) if name in inputs}
-        ensemble = self.ensemble(logits, features.present)
-        return SegmentationOutput(named, ensemble, features.scores, features.present)
+        ensemble = self.ensemble(logits, present)
+        return SegmentationOutput(named, ensemble, features.scores, present)

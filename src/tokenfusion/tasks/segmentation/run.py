@@ -89,6 +89,8 @@ def judge(
         raise UserError(f"{folder.file}: has other classes than the data that this run was trained on")
     judged = frames(recipe, folder, split, conditions=protocol)
     result = evaluate_frames(model, judged, len(folder.classes), protocol)
+    if not any(matrix.any() for matrix in result.confusion.values()):
+        raise UserError(f"{folder.file}: split {split} has no pixel with a class; there is nothing to judge")
     per_class = {name: segmentation_scores(matrix) for name, matrix in result.confusion.items()}
     figures = {
         "images": result.images,

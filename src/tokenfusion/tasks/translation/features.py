@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenfusion.errors import UserError, require
+from tokenfusion.errors import UserError, first_line, require
 from tokenfusion.tasks.translation.dinov2 import read_dinov2
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -119,7 +119,7 @@ def _inception_file(weights: str) -> Path:
     try:
         return Path(hf_hub_download(*parts.groups()))
     except Exception as error:  # the hub's client raises many kinds; each means "not from there"
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        reason = first_line(error, 120)
         raise UserError(f"{weights}: no such file, and not fetched from the hub ({reason}); {where}") from None
 
 

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tokenfusion.backbones.calls import evaluating
 from tokenfusion.components import TARGET, Component, build
 from tokenfusion.data.degrade import Conditions
 from tokenfusion.data.frames import Frame, Frames
@@ -123,20 +124,20 @@ def evaluate(
     device = next(model.parameters()).device
     if extractor is not None:
         extractor.to(device)
-    was_training = model.training
-    model.eval()
     target = frames.specs[frames.target or ""]
     tables: tuple[dict[str, Tensor], ...] = ({}, {}, {}, {})
     rates = MeanRates()
     own = range(rank, len(frames), world)
-    for index in own or [0]:  # a process without images looks at one, for the shapes of its empty rows
-        frame = frames[index]
-        seen = infer(model, {n: x.to(device) for n, x in frame.inputs.items()})
-        for table, rows in zip(tables, _rows(frame, seen.images, target, protocol, extractor), strict=True):
-            for name, row in rows.items():
-                table.setdefault(name, torch.zeros(len(frames), len(row), dtype=row.dtype))[index] = row if own else 0
-        rates.add(model.backbone.rates(seen.scores, seen.present))
-    model.train(was_training)
+    with evaluating(model):
+        for index in own or [0]:  # a process without images looks at one, for the shapes of its empty rows
+            frame = frames[index]
+            seen = infer(model, {n: x.to(device) for n, x in frame.inputs.items()})
+            for table, rows in zip(tables, _rows(frame, seen.images, target, protocol, extractor), strict=True):
+                for name, row in rows.items():
+                    table.setdefault(name, torch.zeros(len(frames), len(row), dtype=row.dtype))[index] = (
+                        row if own else 0
+                    )
+            rates.add(model.backbone.rates(seen.scores, seen.present))
     pixels, physical, spread, features = tables
     return Result(pixels, physical, spread, features, rates.means())
 

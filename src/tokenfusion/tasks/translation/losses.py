@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokenfusion.tasks.precision import at_least_single
+
 
 def patch_bce(logits: Tensor, is_real: bool, present: Tensor | None = None) -> Tensor:
     """Binary cross-entropy of the discriminator's patches against "all real" or "all generated", a mean per branch.
@@ -17,7 +19,7 @@ def patch_bce(logits: Tensor, is_real: bool, present: Tensor | None = None) -> T
     Returns:
         ``[M]`` in float32; 0 for a branch that is missing everywhere.
     """
-    logits = _full(logits)
+    logits = at_least_single(logits)
     loss = F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, float(is_real)), reduction="none")
     return _mean_present(loss.mean((2, 3, 4)), present)
 
@@ -34,7 +36,7 @@ def masked_l1(images: Tensor, target: Tensor, valid: Tensor | None, present: Ten
     Returns:
         ``[M]`` in float32.
     """
-    difference = (_full(images) - target).abs()
+    difference = (at_least_single(images) - target).abs()
     if valid is None and present is None:
         return difference.mean((1, 2, 3, 4))
     counted = torch.ones_like(difference[:, :, :1], dtype=torch.bool)
@@ -44,11 +46,6 @@ def masked_l1(images: Tensor, target: Tensor, valid: Tensor | None, present: Ten
         counted = counted & present[:, :, None, None, None]
     total = (difference * counted).sum((1, 2, 3, 4))
     return total / (3 * counted.sum((1, 2, 3, 4))).clamp(min=1)
-
-
-def _full(x: Tensor) -> Tensor:
-    """At least single precision, whatever autocast made of it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _mean_present(values: Tensor, present: Tensor | None) -> Tensor:

@@ -76,10 +76,12 @@ class FusedTranslator(nn.Module):
         return self.backbone.modalities
 
     def forward(self, inputs: Mapping[str, Tensor], present: Tensor | None = None) -> TranslationOutput:
-        """Args:
-        inputs: ``{name: [B, 3, H, W]}`` in -1..1, of any size: padded to multiples of 32, the images cropped back. Names may
-            be missing.
-        present: bool ``[M, B]``, which samples have which modality.
+        """The image of every stream that was given, and of their ensemble.
+
+        Args:
+            inputs: ``{name: [B, 3, H, W]}`` in -1..1, of any size: padded to multiples of 32, the images cropped back. Names
+                may be missing.
+            present: bool ``[M, B]``, which samples have which modality.
         """
         features = self.backbone({name: padded(x) for name, x in inputs.items()}, present)
         height, width = next(iter(inputs.values())).shape[-2:]
