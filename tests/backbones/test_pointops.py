@@ -96,11 +96,9 @@ def test_furthest_points_skip_the_origin_and_what_is_no_number(device: str) -> N
 
 
 def test_a_hole_is_what_its_rounded_length_is_in_double_precision() -> None:
-    """The threshold is no float32; a point whose squared length rounds to that of 1e-3 lies outside of it."""
-    x = np.float32(np.sqrt(np.float64(np.float32(1e-3))))
-    while np.float32(np.float64(x) ** 2) != np.float32(1e-3):
-        x = np.nextafter(x, np.float32(0 if np.float64(x) ** 2 > 1e-3 else 1))
-    cloud = torch.tensor([[[1.0, 0, 0], [float(x), 0, 0]]])
+    """The threshold is no float32; a point whose squared length rounds to that of 1e-3, a little above it, is no hole."""
+    cloud = torch.tensor([[[1.0, 0.0, 0.0], [0.018365664407610893, 0.02574300579726696, 0.0]]])
+    assert pointops_torch._square(cloud)[0, 1] == torch.tensor(1e-3)
     assert furthest_point_sample(cloud, 2).tolist() == [[0, 1]]
     order = torch.from_numpy(tie_order(2))
     assert pointops_torch.furthest_point_sample(cloud, 2, order).tolist() == [[0, 1]]
