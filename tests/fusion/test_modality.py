@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenfusion.fusion import PerModality, make_private, merge, split
-from tokenfusion.fusion.modality import TOLD, on_rows
+from tokenfusion.fusion.batch_norms import TOLD, on_rows
 
 
 def test_merge_and_split_are_inverse_and_order_by_modality_first() -> None:

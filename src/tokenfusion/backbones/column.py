@@ -22,8 +22,9 @@ from tokenfusion.backbones.grids import grid_at
 from tokenfusion.backbones.held import Door, FusedBlock, Step, hold_blocks
 from tokenfusion.backbones.survey import survey
 from tokenfusion.errors import UserError
+from tokenfusion.fusion.batch_norms import has_batch_norm, still
 from tokenfusion.fusion.fusers import Context, Entry, Grid, NoFusion
-from tokenfusion.fusion.modality import has_batch_norm, silenced, still
+from tokenfusion.fusion.modality import silenced
 
 
 class _Reached(Exception):

@@ -15,8 +15,9 @@ from tokenfusion.backbones.calls import first_parameter, first_tensor, given_by_
 from tokenfusion.backbones.plan import BlockPlan
 from tokenfusion.errors import UserError
 from tokenfusion.fusion.baselines import keys_of
+from tokenfusion.fusion.batch_norms import TOLD
 from tokenfusion.fusion.fusers import Context, Entry, Fuser
-from tokenfusion.fusion.modality import TOLD, PerModality, merge, split
+from tokenfusion.fusion.modality import PerModality, merge, split
 
 
 class Runner(Protocol):

@@ -25,10 +25,11 @@ from tokenfusion.backbones.stems import Stems, adapt_stem
 from tokenfusion.backbones.survey import is_norm, survey
 from tokenfusion.components import component_of
 from tokenfusion.errors import UserError
+from tokenfusion.fusion.batch_norms import TOLD
 from tokenfusion.fusion.channels import scales_of
 from tokenfusion.fusion.exchange import ExchangeRates
 from tokenfusion.fusion.fusers import Context, Fuser, FuserFactory, Grid, NoFusion
-from tokenfusion.fusion.modality import TOLD, PerModality, check_names, check_tensors, merge, presence, silenced, split
+from tokenfusion.fusion.modality import PerModality, check_names, check_tensors, merge, presence, silenced, split
 
 
 class _Run:

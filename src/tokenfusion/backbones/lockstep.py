@@ -104,12 +104,12 @@ class FusedStreams(FusedModel):
         self.givers: dict[int, list[int]] = {}  # receiver -> givers, by number
         for receiver, giver in maps:
             self.givers.setdefault(receiver, []).append(giver)
-        self.exchanges = nn.ModuleList(
-            nn.ModuleDict(
-                {str(m): exchange(self.columns[m].dim, seed + step * len(self.columns) + m) for m in self.givers}
-            )  # no two draw alike
-            for step in range(self.steps)
-        )
+        self.exchanges = nn.ModuleList()
+        for step in range(self.steps):
+            first = seed + step * len(self.columns)  # no two draw alike
+            self.exchanges.append(
+                nn.ModuleDict({str(m): exchange(self.columns[m].dim, first + m) for m in self.givers})
+            )
         self._check_norms()
         self.bridges = nn.ModuleDict(
             {

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from tokenfusion.fusion.batch_norms import TOLD, has_batch_norm, of_present
 
 
 def merge(x: Tensor) -> Tensor:
@@ -72,32 +71,6 @@ def silenced(x: Tensor, present: Tensor | None) -> Tensor:
     return x if present is None else torch.where(_there(x, present), x, 0)
 
 
-def has_batch_norm(module: nn.Module) -> bool:
-    """Whether a layer, or one in it, norms by the statistics of a batch: what is missing must not be among them."""
-    return any(isinstance(layer, _BatchNorm) for layer in module.modules())
-
-
-def on_rows(run: Callable[..., Tensor], there: Tensor, *maps: Tensor) -> Tensor:
-    """What a layer gives of some rows of a batch, as if the others were not in it; zeros for these.
-
-    Args:
-        run: the layer, called on ``maps``.
-        there: bool ``[B]``, at least one of them true.
-        maps: ``[B, ...]``.
-    """
-    found = run(*(x[there] for x in maps))
-    return found.new_zeros(len(there), *found.shape[1:]).masked_scatter(_there(found, there), found)
-
-
-class _Told(threading.local):
-    """What the forward pass of this thread knows that layers inside a network are not given."""
-
-    present: Tensor | None = None  # bool [M, B]
-
-
-TOLD = _Told()
-
-
 def _there(x: Tensor, present: Tensor) -> Tensor:
     """Who is present, ``[M, B]`` or ``[B]``, with as many dimensions as x has."""
     return present.view(*present.shape, *[1] * (x.dim() - present.dim()))
@@ -147,27 +120,7 @@ class PerModality(nn.Module):
             return torch.cat([own(stream, *args) for own, stream in zip(self, streams, strict=True)])
         rows = present.repeat_interleave(streams.shape[1] // present.shape[1], 1)  # windows are several to a sample
         seen = zip(self, streams, rows, strict=True)
-        return torch.cat([_of_present(own, stream, there, *args) for own, stream, there in seen])
-
-
-def _of_present(own: nn.Module, x: Tensor, there: Tensor, *args: object) -> Tensor:
-    if int(there.sum()) * x[0, 0].numel() > 1:  # values of a channel
-        return on_rows(lambda some: own(some, *args), there, x)
-    with still(own):  # too few for statistics; called even if nobody is there, for whoever waits for its gradient (DDP)
-        return cast("Tensor", own(x, *args))
-
-
-@contextmanager
-def still(network: nn.Module) -> Iterator[None]:
-    """Batch norms go by their running statistics meanwhile, and leave them as they are."""
-    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.training]
-    for norm in norms:
-        norm.training = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.training = True
+        return torch.cat([of_present(own, stream, there, *args) for own, stream, there in seen])
 
 
 Kinds = tuple[type[nn.Module], ...] | Callable[[nn.Module], bool]

@@ -142,10 +142,11 @@ def _check_conditions(name: str, part: Part, recipe: str, shared: Sequence[str])
     for row, of_row in part.rows.items() if part.conditions else ():
         wanted = read_recipe(recipe, [*shared, *of_row.set])
         schema: Any = type(wanted.evaluation)
+        kinds = _kinds(wanted)
         for title, changes in part.conditions.items():
             place = f"{name}.conditions.{title}"
             try:
-                schema.model_validate({**wanted.evaluation.model_dump(), **changes}).given(_kinds(wanted))
+                schema.model_validate({**wanted.evaluation.model_dump(), **changes}).given(kinds)
             except ValidationError as error:
                 raise UserError(f"{place}: {explain(error, schema)}") from None
             except UserError as error:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from tokenfusion.backbones.dense import FusedPyramid
+from tokenfusion.fusion.batch_norms import on_rows
 from tokenfusion.fusion.ensemble import LearnedEnsemble
-from tokenfusion.fusion.modality import merge, on_rows, split
+from tokenfusion.fusion.modality import merge, split
 
 
 class SegmentationOutput(NamedTuple):

@@ -134,9 +134,8 @@ def evaluate(
             seen = infer(model, {n: x.to(device) for n, x in frame.inputs.items()})
             for table, rows in zip(tables, _rows(frame, seen.images, target, protocol, extractor), strict=True):
                 for name, row in rows.items():
-                    table.setdefault(name, torch.zeros(len(frames), len(row), dtype=row.dtype))[index] = (
-                        row if own else 0
-                    )
+                    table.setdefault(name, torch.zeros(len(frames), len(row), dtype=row.dtype))
+                    table[name][index] = row if own else 0
             rates.add(model.backbone.rates(seen.scores, seen.present))
     pixels, physical, spread, features = tables
     return Result(pixels, physical, spread, features, rates.means())
